@@ -102,7 +102,9 @@ def test_readme_is_the_home_page(root, notebooks):
     for cell in notebooks['index.ipynb']['cells']:
         text = source(cell)
         if cell['cell_type'] == 'raw' or re.search(r'^#\s*\|\s*(hide|echo: false|include: false)', text, re.M): continue
-        text = '\n'.join(l for l in text.splitlines() if not re.match(r'#\s*\||\|[-:| ]+\|$|\s*:::|!\[', l.strip()))
+        title = text.startswith('# ')  # the > line under it describes the page and is not part of README.md
+        text = '\n'.join(l for l in text.splitlines() if not re.match(r'#\s*\||\|[-:| ]+\|$|\s*:::|!\[', l.strip())
+                         and not (title and l.startswith('>')))
         for part in re.split(r'\n\s*\n', text):
             found = readme.find(words(part), at)
             assert found >= 0, f'README.md lacks this part of index.ipynb (run nbdev_readme): {part[:200]!r}'
