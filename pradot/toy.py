@@ -11,13 +11,14 @@ __all__ = ['WASHER', 'MARBLE', 'GEAR', 'BLOCK', 'PLATE', 'SCREW', 'SAMPLES', 'LI
            'paint_marble', 'paint_plate', 'distance', 'window', 'draw', 'cells', 'draw_tray', 'scatter', 'arrange',
            'jagged', 'chip_place', 'photograph', 'scene', 'part_area', 'config', 'kinds_of', 'tray']
 
-# %% ../nbs/01_toy.ipynb #bfc0cb0c
-import json, os, shutil, sys, tempfile
+# %% ../nbs/01_toy.ipynb #4f21f091
+import json, os, shutil, tempfile
+from operator import index
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .data import Category, InputError, mvtec_loco
 
 # %% ../nbs/01_toy.ipynb #e62a889e
@@ -616,16 +617,16 @@ def photograph(
     out = np.where(out > .75, .75 + .25*np.tanh((out - .75)/.25), out)      # highlights roll off instead of clipping
     return np.ascontiguousarray((255*out**np.float32(1/2.2) + .5).astype(np.uint8).transpose(1, 2, 0))
 
-# %% ../nbs/01_toy.ipynb #79ad007b
+# %% ../nbs/01_toy.ipynb #2e042e6f
 def _checked(size, seed):
     "The image size as (H, W) and the seed as a list of whole numbers; anything else is refused."
-    try: H, W = (int(n) for n in size)
-    except (TypeError, ValueError): raise InputError(f'size must be (height, width) in pixels, not {size!r}') from None
+    try: H, W = map(index, size)
+    except (TypeError, ValueError): raise InputError(f'size must be (height, width) in whole pixels, not {size!r}') from None
     if min(H, W) < 64 or max(H, W) > 4096 or max(H, W) > 2*min(H, W):
         raise InputError(f'size {H} x {W} cannot be drawn; each side must have 64 to 4096 pixels, '
                          'and the longer at most twice the shorter')
     seeds = seed if isinstance(seed, (tuple, list)) else [seed]
-    if not all(isinstance(s, (int, np.integer)) and not isinstance(s, bool) and s >= 0 for s in seeds):
+    if not seeds or not all(isinstance(s, (int, np.integer)) and not isinstance(s, bool) and s >= 0 for s in seeds):
         raise InputError(f'seed must be a whole number of at least 0, not {seed!r}')
     return (H, W), [int(s) for s in seeds]
 
@@ -643,7 +644,7 @@ def scene(
     """Draw one tray, good or with defects; the same `seed` with another `kind` is the same tray.
     Raises `InputError` for an unknown defect, or for two that touch the same compartment."""
     size, seed = _checked(size, seed)
-    kinds = () if kind == 'good' else (kind,) if isinstance(kind, str) else tuple(kind)
+    kinds = () if kind == 'good' else tuple(kind) if isinstance(kind, (tuple, list)) else (kind,)
     for k in kinds:
         if k not in DEFECTS: raise InputError(f'there is no defect {k!r}; choose good or one of {", ".join(DEFECTS)}')
     touched = [c for k in kinds if k in LOGICAL for c in LOGICAL[k][1].split()]
@@ -703,21 +704,21 @@ def config(
                     relative_saturation=not unit)
     return [entry(i, name) for i, name in enumerate(DEFECTS)]
 
-# %% ../nbs/01_toy.ipynb #863946dc
+# %% ../nbs/01_toy.ipynb #c5b75654
 SPLITS = 'train/good', 'validation/good', 'test/good', 'test/logical_anomalies', 'test/structural_anomalies'
 
 def kinds_of(
     split,   # one of SPLITS
-    index,   # number of the image
+    number,  # of the image
     seed,    # of the set
 ):
     "The defects of one image of the set: none, one, or in every fourth anomalous image two."
     if split.endswith('good'): return ()
     names = list(LOGICAL if 'logical' in split else STRUCTURAL)
-    first = names[index % len(names)]
-    if index % 4 != 3: return (first,)
+    first = names[number % len(names)]
+    if number % 4 != 3: return (first,)
     def touched(n): return set(LOGICAL[n][1].split()) if n in LOGICAL else {n}
-    rng = np.random.default_rng([seed, SPLITS.index(split), index, 9])
+    rng = np.random.default_rng([seed, SPLITS.index(split), number, 9])
     return first, str(rng.choice([n for n in names if not touched(n) & touched(first)]))
 
 def _write(
