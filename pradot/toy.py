@@ -31,7 +31,7 @@ def smooth_noise(
     grid = rng.standard_normal(tuple(max(int(c), 2) for c in cells), dtype=np.float32)
     return np.asarray(Image.fromarray(grid).resize(shape[::-1], Image.Resampling.BICUBIC))
 
-# %% ../nbs/01_toy.ipynb #21f7b6fc
+# %% ../nbs/01_toy.ipynb #2ee77f09
 def sd_disc(x, y, r):
     "Signed distance from points (x, y) to a disc of radius r at the origin."
     return np.sqrt(x*x + y*y) - r
@@ -39,8 +39,11 @@ def sd_disc(x, y, r):
 def sd_box(x, y, w, h, r=0.):
     "Signed distance to a w × h rectangle at the origin, its corners rounded with radius r."
     qx, qy = np.abs(x) - (w/2 - r), np.abs(y) - (h/2 - r)
-    ox, oy = np.maximum(qx, 0), np.maximum(qy, 0)
-    return np.sqrt(ox*ox + oy*oy) + np.minimum(np.maximum(qx, qy), 0) - r
+    d = np.maximum(qx, qy)                                   # inside: the nearer side
+    corner = (qx > 0) & (qy > 0)
+    d[corner] = np.sqrt(qx[corner]**2 + qy[corner]**2)       # beyond both: the corner
+    d -= r
+    return d
 
 def sd_hexagon(x, y, r):
     "Signed distance (exact inside, a little short at the corners outside) to a hexagon of inner radius r."
@@ -110,7 +113,7 @@ def downsample(a, k=SAMPLES):
     "Mean of every k × k block: (..., H*k, W*k) -> (..., H, W)."
     return sum(a[..., i::k, j::k] for i in range(k) for j in range(k)) / np.float32(k*k)
 
-# %% ../nbs/01_toy.ipynb #c4a204e0
+# %% ../nbs/01_toy.ipynb #dc2dcecb
 LIGHT = np.float32([-.46, -.56, .69])     # direction to the light: from the upper left, and above
 LIGHT = LIGHT / np.linalg.norm(LIGHT)
 HALF = LIGHT + np.float32([0, 0, 1])      # halfway to the eye, which looks straight down
@@ -136,7 +139,7 @@ def slopes(h, px):
 def shade(
     h,          # heights (rows, columns)
     px,         # distance between samples
-    colour,     # albedo, (3, 1, 1) or (3, rows, columns), linear light
+    colour,     # albedo, (3, 1, 1) or (3, rows, columns), linear light; grey: (rows, columns)
     gloss=0.,   # strength of the highlight
     power=24,   # its sharpness
     metal=0.,   # 0 = the highlight is white over a matt colour; 1 = mirrors its surroundings in its own colour
@@ -164,7 +167,7 @@ class Part(NamedTuple):
     key: int = 0         # seed of its texture
     shown: bool = True   # a place that is free holds a part that is not shown
 
-# %% ../nbs/01_toy.ipynb #f9966f34
+# %% ../nbs/01_toy.ipynb #5a544a84
 STEEL, BRASS, BRONZE = rgb(.50, .52, .55), rgb(.68, .44, .12), rgb(.56, .27, .11)
 BLOCKS = rgb(.68, .10, .015), rgb(.80, .50, .04), rgb(.02, .14, .44)     # vermilion, yellow, blue
 GLASS = rgb(.01, .34, .27), rgb(.78, .28, .01)                           # teal, amber
@@ -185,19 +188,19 @@ def paint_washer(p, x, y, d, px, rng):
 def paint_gear(p, x, y, d, px, rng):
     c, s = np.cos(p.angle), np.sin(p.angle)
     r = np.hypot(x, y)
-    sheen = turned(x, y, c*x - s*y, s*x + c*y, rng, .16)
+    sheen = turned(x, y, c*x - s*y, s*x + c*y, rng, .30)
     step = .010*smoothstep(r, GEAR*.80, GEAR*.74) - .012*smoothstep(r, GEAR*.36, GEAR*.31)   # a sunk web, a raised hub
-    return shade(bevel(d, .009) - step, px, BRONZE*sheen, gloss=.5, power=30, metal=.75)
+    return shade(bevel(d, .009) - step, px, BRONZE*sheen, gloss=.9, power=26, metal=.85)
 
 def paint_screw(p, x, y, d, px, rng):
     l, bolt = SCREW/2, p.variant == 1
     r = np.where(x < -l + (.05 if bolt else .047), .044, .0195*(1 if bolt else np.clip((l - x)/.075, .05, 1)))
-    h = np.sqrt(np.maximum(r*r - y*y, 0)) * .8                                   # a cylinder lying down
+    h = np.sqrt(np.maximum(r*r - y*y, 0)) * .95                                  # a cylinder lying down
     head = x < -l + .048
     thread = .0042*np.abs(((x + y*.32)/.0135) % 1 - .5)*2 * (~head)*smoothstep(x, -l + .06, -l + .09)
     if bolt: h = np.where(head, np.clip(.04 - .5*np.maximum(np.abs(y) - .020, 0), 0, .034), h)
     wear = 1 + .06*smooth_noise(rng, x.shape, (6, 10))
-    return shade(h - thread, px, (STEEL*.95 if bolt else BRASS)*wear, gloss=.5, power=22, metal=.85)
+    return shade(h - thread, px, (STEEL*.9 if bolt else BRASS)*wear, gloss=1.1, power=20, metal=.9)
 
 def paint_block(p, x, y, d, px, rng):
     stud = np.minimum(sd_disc(x, y - BLOCK[1]*.24, .031), sd_disc(x, y + BLOCK[1]*.24, .031))
@@ -312,7 +315,7 @@ def draw(
     ids[area][a > .5] = number
     return taken
 
-# %% ../nbs/01_toy.ipynb #742c4c65
+# %% ../nbs/01_toy.ipynb #b30d098f
 WALL, EDGE = .025, .045   # thickness of the walls, margin around the tray
 ROWS = (('washers', .38), ('screw', .455)), (('blocks', .525), ('gear', .31)), (('marbles', .40), ('plate', .435))
 CELLS = tuple(name for row in ROWS for name, _ in row)
@@ -364,11 +367,13 @@ def draw_tray(X, Y, px, size, rng, cut=None):
         taken = (wall < 0) & (gone < .004)
         wall = np.maximum(wall, -gone)
     speck = 1 + .018*smooth_noise(rng, shape, (shape[0]//2, shape[1]//2)) + .02*smooth_noise(rng, shape, (9, 9))
-    light = shade(bevel(wall, .008, .006), px, tray*speck, gloss=.14, power=14)
+    light = shade(bevel(wall, .008, .006), px, speck, gloss=.2, power=14)
     if cut is not None: light = light*(1 + .35*smoothstep(gone, .008, .001)*smooth_noise(rng, shape, (90, 90)))
-    a = coverage(wall, px)
-    image += a*(light - image)
-    ids[a > .5] = 1
+    light = tray*light                                                      # (3, rows, columns)
+    light -= image
+    light *= coverage(wall, px)
+    image += light
+    ids[wall < 0] = 1
     return image, ids, taken
 
 # %% ../nbs/01_toy.ipynb #33782ff3
@@ -490,7 +495,7 @@ LOGICAL = dict(
     missing_block=(_missing('block', known=True), 'blocks', None),
     missing_marble=(_missing('marble'), 'marbles', 'marble'))
 
-# %% ../nbs/01_toy.ipynb #1ec08b00
+# %% ../nbs/01_toy.ipynb #487ac1ef
 def jagged(rng, x0, y0, r):
     "Distance function (x, y) of a disc of radius r at (x0, y0) with a rough outline."
     a, f = rng.uniform(0, 6.28, 4), np.array([2, 3, 5, 9])
@@ -507,7 +512,7 @@ def chip_place(
 ):
     "Where a chip goes: the name of a part, or 'tray', and the distance function of what breaks off."
     name = rng.choice([n for n, p in parts.items() if p.shown and p.kind in ('block', 'gear', 'plate')] + ['tray'])
-    r = .016 + .022*strength
+    r = .011 + .026*strength
     if name == 'tray':
         w, h = size[1]/min(size)/2 - EDGE, size[0]/min(size)/2 - EDGE
         u, s = rng.uniform(-.8, .8), rng.choice([-1, 1])
@@ -617,7 +622,7 @@ def photograph(
     out = np.where(out > .75, .75 + .25*np.tanh((out - .75)/.25), out)      # highlights roll off instead of clipping
     return np.ascontiguousarray((255*out**np.float32(1/2.2) + .5).astype(np.uint8).transpose(1, 2, 0))
 
-# %% ../nbs/01_toy.ipynb #2e042e6f
+# %% ../nbs/01_toy.ipynb #71d5af73
 def _checked(size, seed):
     "The image size as (H, W) and the seed as a list of whole numbers; anything else is refused."
     try: H, W = map(index, size)
@@ -678,12 +683,13 @@ def scene(
         gone = draw(image, ids, numbers[name], p, X, Y, px, cut if where == name else None)
         taken = gone if gone is not None else taken
     for k in kinds:
-        if k == 'chip': masks[k] = downsample(taken.astype(np.float32)) >= .5
-        elif k in STRUCTURAL:
-            targets = [numbers[n] for n, p in parts.items() if p.shown and p.kind in ('block', 'plate')] + [1, 1]
-            if k != 'crack': targets += range(2, 2 + len(CELLS))
-            found = STRUCTURAL[k](spoil[k], image, ids, X, Y, px, strength[k], targets)
-            masks[k] = downsample(found.astype(np.float32)) > .3
+        if k in LOGICAL: continue
+        targets = [numbers[n] for n, p in parts.items() if p.shown and p.kind in ('block', 'plate')] + [1, 1]
+        if k != 'crack': targets += range(2, 2 + len(CELLS))
+        found = taken if k == 'chip' else np.zeros(X.shape, bool)
+        while not found.any(): found = STRUCTURAL[k](spoil[k], image, ids, X, Y, px, strength[k], targets)
+        share = downsample(found.astype(np.float32))
+        masks[k] = share > .3 if (share > .3).any() else share > 0
     return photograph(image, camera), masks
 
 # %% ../nbs/01_toy.ipynb #9ae9e83c
