@@ -131,12 +131,13 @@ class _Pages(NamedTuple):
     def size(self): return len(self.low)
     def scores(self): return _score((np.repeat(self.page, np.diff(self.start)).astype(np.uint32) << 16) | self.low)
 
-# %% ../nbs/07_metrics.ipynb #364ef7e1
+# %% ../nbs/07_metrics.ipynb #1da76d81
 def _pages(key): # (n,) uint32
-    key = np.sort(key)
+    "Bring them in the order of their pages (a radix sort: 16-bit integers, stable) and keep the lower halves."
     high = (key >> 16).astype(np.uint16)
-    first = np.flatnonzero(np.r_[True, high[1:] != high[:-1]]) if len(key) else np.zeros(0, int)
-    return _Pages(high[first].astype(np.int64), np.r_[first, len(key)], key.astype(np.uint16))
+    n = np.bincount(high, minlength=65536)
+    page = np.flatnonzero(n)
+    return _Pages(page, np.r_[0, n[page].cumsum()], key[np.argsort(high, kind='stable')].astype(np.uint16))
 
 # %% ../nbs/07_metrics.ipynb #286b9a1b
 def _packed(x): # (n,) float32 or float64
@@ -279,11 +280,11 @@ def _map(x, i): # a map and its number
     small = x.dtype.itemsize <= (4 if x.dtype.kind == 'f' else 2)
     return x.astype(np.float32 if small else np.float64, copy=False)
 
-# %% ../nbs/07_metrics.ipynb #c5a78aa3
+# %% ../nbs/07_metrics.ipynb #d5cefe12
 def _channels(x, shape, i): # masks, (H, W) of the map, the image's number
     "Masks as booleans (C, H, W)."
     x = [as_array(c) for c in x]
-    if x and x[0].ndim == 1: x = [np.stack(x)]                  # a single (H, W)
+    if {c.shape for c in x} == {shape[1:]}: x = [np.stack(x)] # rows: a single (H, W)
     for c in x:
         if c.shape != shape: raise InputError(f'map {i} is {shape} but its mask is {c.shape}; compare them at one size, (H, W)')
     return np.stack([c > 0 for c in x]) if len(x) else np.zeros((0, *shape), bool)
