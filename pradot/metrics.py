@@ -23,17 +23,17 @@ def as_array(x):
     x = x.detach().cpu()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
-# %% ../nbs/07_metrics.ipynb #a81f24f6
+# %% ../nbs/07_metrics.ipynb #f925b161
 def _checked(scores, labels, what='score'):
     "Flat float scores and boolean labels, or one sentence that says what is wrong with them."
     s, y = as_array(scores).ravel(), as_array(labels).ravel()
-    if s.shape != y.shape: raise InputError(f'There are {s.size} {what}s but {y.size} labels; give one label per {what}.')
+    if s.shape != y.shape: raise InputError(f'there are {s.size} {what}s but {y.size} labels; give one label for each')
     if not np.issubdtype(s.dtype, np.floating): s = s.astype(np.float64)
     bad = np.flatnonzero(~np.isfinite(s))
-    if len(bad): raise InputError(f'{what.capitalize()} {bad[0]} is {s[bad[0]]}; every {what} must be a finite number.')
+    if len(bad): raise InputError(f'{what} {bad[0]} is {s[bad[0]]}; it must be a finite number')
     y = y > 0
-    if not y.any(): raise InputError(f'No {what} is labelled anomalous; the metric needs at least one.')
-    if y.all(): raise InputError(f'No {what} is labelled normal; the metric needs at least one.')
+    if not y.any(): raise InputError(f'no {what} is labelled anomalous; the metric needs at least one')
+    if y.all(): raise InputError(f'no {what} is labelled normal; the metric needs at least one')
     return s, y
 
 # %% ../nbs/07_metrics.ipynb #0742968b
@@ -74,36 +74,36 @@ def f1_max(scores, # one number an image or pixel, greater is more anomalous
 # %% ../nbs/07_metrics.ipynb #c271877e
 LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
 
-# %% ../nbs/07_metrics.ipynb #b083b9df
+# %% ../nbs/07_metrics.ipynb #fc564cb4
 def saturation(area, # marked pixels of the defect, at least 1
                threshold, # `saturation_threshold`: a share in (0, 1] if relative, else pixels
                relative): # `relative_saturation`
     "How many pixels of a defect count as all of it: a whole number in 1..area."
     area = int(area)
-    if area < 1: raise InputError(f'a defect of {area} pixels has no saturation; its mask must mark at least one pixel')
+    if area < 1: raise InputError(f'a defect of {area} pixels has no saturation; a mask marks at least one pixel')
     if not 0 < threshold < float('inf') or (relative and threshold > 1):
-        raise InputError(f'the saturation threshold is {threshold}; it must be above 0, and at most 1 where it is relative')
+        raise InputError(f'the saturation threshold is {threshold}; it must be above 0, and at most 1 if relative')
     return max(1, int(threshold*area if relative else min(threshold, area)))
 
-# %% ../nbs/07_metrics.ipynb #af6d0436
+# %% ../nbs/07_metrics.ipynb #ad2f692c
 def channel(mask, # (H, W) as stored: 0 and one positive value
             defects, # entries of defects_config.json: `pradot.data.Defect`s, or the file's own dicts
             where='the mask'): # the mask's name, for messages
-    "A stored mask as (boolean channel (H, W), its saturation area); an unknown value or a mix of values is an `InputError`."
+    "A stored mask as (boolean channel (H, W), saturation area); unknown or several values are an `InputError`."
     mask = as_array(mask)
     values = np.unique(mask[mask > 0]).tolist()
     if not values: raise InputError(f'{where} marks no pixel; a defect needs at least one')
-    if len(values) > 1: raise InputError(f'{where} holds the values {values}; a mask file is one defect and holds 0 and one value')
-    get = lambda d,a,b: d[b] if isinstance(d, dict) else getattr(d, a)
-    known = {get(d, 'value', 'pixel_value'): (get(d, 'threshold', 'saturation_threshold'), get(d, 'relative', 'relative_saturation'))
-             for d in defects}
-    if values[0] not in known:
-        raise InputError(f'{where} holds the value {values[0]}, which defects_config.json does not list (it has {sorted(known)})')
+    if len(values) > 1: raise InputError(f'{where} holds the values {values}; one mask is one defect: 0 and one value')
+    keys = 'pixel_value', 'saturation_threshold', 'relative_saturation'
+    rows = [[d[k] for k in keys] if isinstance(d, dict) else [d.value, d.threshold, d.relative] for d in defects]
+    known = {v: (t, rel) for v,t,rel in rows}
+    if values[0] not in known: raise InputError(
+        f'{where} holds the value {values[0]}, which defects_config.json does not list (it has {sorted(known)})')
     return mask > 0, saturation((mask > 0).sum(), *known[values[0]])
 
-# %% ../nbs/07_metrics.ipynb #cc9c3dce
+# %% ../nbs/07_metrics.ipynb #3a586c2e
 def regions(mask): # (H, W), 0 for normal pixels
-    "The connected pieces of a mask (8 neighbours) as (their number R, (n,) numbers 0..R-1 of the marked pixels in row order)."
+    "Connected pieces (8 neighbours): their number R, and (n,) the piece 0..R-1 of each marked pixel in row order."
     mask = as_array(mask) > 0
     lab, n = ndimage.label(mask, np.ones((3, 3)))
     return n, lab[mask]-1
@@ -190,7 +190,7 @@ def _area(x, y, limit): # (n,) nondecreasing, (n,), a number >= x[0]
     if i < len(x): x, y = np.r_[x[:i], limit], np.r_[y[:i], y[i-1] + (y[i]-y[i-1])*(limit-x[i-1])/(x[i]-x[i-1])]
     return float((np.diff(x) * (y[1:]+y[:-1])).sum()/2)
 
-# %% ../nbs/07_metrics.ipynb #a51c6c0a
+# %% ../nbs/07_metrics.ipynb #6e78d369
 class _Sweep:
     "One group's curves, followed from the highest score to the lowest"
     def __init__(self, N, # negatives
@@ -229,7 +229,8 @@ class _Sweep:
         self.fp, self.tp = int(x[-1]), int(y[-1])
 
     @staticmethod
-    def _corners(first, above, through, last): return np.r_[first, np.stack([above, through], 1).ravel(), last] # (2n+2,)
+    def _corners(first, above, through, last): # number, (n,), (n,), number -> (2n+2,)
+        return np.r_[first, np.stack([above, through], 1).ravel(), last]
 
     def _draw(self, f, x, y):
         for l in self.limits:
@@ -244,22 +245,24 @@ class _Sweep:
         xy = np.concatenate([*self.drawn[f], [[1.], [self.y[f]]]], 1)
         return xy[:, np.r_[True, (np.diff(xy) != 0).any(0)]]
 
-# %% ../nbs/07_metrics.ipynb #a75778b2
+# %% ../nbs/07_metrics.ipynb #7442aa53
 def _walk(neg, # {kind: what `_packed` made of its normal pixels}; 'good' belongs to every group
           pos, # {kind: the same of its anomalous pixels}
           families, # {family: {kind: [(packed scores, weight)], one a region}}
           groups, # {group: its kinds}
           limits=LIMITS):
     "One `_Sweep` for each group, through all scores from the highest to the lowest."
-    lists = iter(_ranked([*neg.values(), *pos.values(), *([p for p,_ in v] for d in families.values() for v in d.values())]))
+    weighted = [[p for p,_ in v] for d in families.values() for v in d.values()]
+    lists = iter(_ranked([*neg.values(), *pos.values(), *weighted]))
     neg, pos = [{k: _Bag(next(lists)) for k in d} for d in (neg, pos)]
     fams = {f: {k: _Bag(next(lists), [w for _,w in v]) for k,v in d.items()} for f,d in families.items()}
     normal = {g: [k for k in neg if k == 'good' or k in ks] for g,ks in groups.items()}
     sweeps = {g: _Sweep(sum(neg[k].size for k in normal[g]), sum(pos[k].size for k in ks),
                         {f: sum(len(d[k]) for k in ks) for f,d in families.items()}, limits) for g,ks in groups.items()}
     if any(s.N == 0 for s in sweeps.values()):
-        raise InputError('every pixel is marked as anomalous; a false positive rate needs normal pixels, add good images')
-    for page in tqdm(np.unique(np.concatenate([b.page for b in (*neg.values(), *pos.values())])), 'counting', disable=None):
+        raise InputError('every pixel is marked as anomalous; false positives need normal pixels, so add good images')
+    pages = np.unique(np.concatenate([b.page for b in (*neg.values(), *pos.values())]))
+    for page in tqdm(pages, 'counting', disable=None):
         p = {k: b.counts(page) for k,b in pos.items()}
         found = any(np.ndim(c) for c in p.values())
         n = {k: b.counts(page) if found else b.total(page) for k,b in neg.items()}
@@ -267,35 +270,37 @@ def _walk(neg, # {kind: what `_packed` made of its normal pixels}; 'good' belong
         for g,s in sweeps.items():
             ng, pg = sum(n[k] for k in normal[g]), sum(p[k] for k in groups[g])
             if not np.ndim(pg): s.flat(int(np.sum(ng)))
-            else: s.page(np.zeros(65536, np.int64)+ng, pg, {f: np.zeros(65536)+sum(d[k] for k in groups[g]) for f,d in w.items()})
+            else: s.page(np.zeros(65536, np.int64)+ng, pg,
+                         {f: np.zeros(65536)+sum(d[k] for k in groups[g]) for f,d in w.items()})
     return sweeps
 
-# %% ../nbs/07_metrics.ipynb #91afa4d2
+# %% ../nbs/07_metrics.ipynb #4b30f3a0
 def _map(x, i): # a map and its number
     "A finite map as float32 or float64 (H, W)."
     x = as_array(x)
-    if x.ndim != 2 or not x.size: raise InputError(f'map {i} has the shape {x.shape}; a map is (H, W), one number a pixel')
+    if x.ndim != 2 or not x.size: raise InputError(f'map {i} has the shape {x.shape}; a map is (H, W)')
     if x.dtype.kind not in 'fiub': raise InputError(f'map {i} holds {x.dtype}; a map holds numbers')
-    if not np.isfinite(x).all(): raise InputError(f'map {i} holds NaN or infinite scores; every pixel needs a finite number')
+    if not np.isfinite(x).all(): raise InputError(f'map {i} holds NaN or infinite scores; each must be a finite number')
     small = x.dtype.itemsize <= (4 if x.dtype.kind == 'f' else 2)
     return x.astype(np.float32 if small else np.float64, copy=False)
 
-# %% ../nbs/07_metrics.ipynb #d5cefe12
+# %% ../nbs/07_metrics.ipynb #a5a651b5
 def _channels(x, shape, i): # masks, (H, W) of the map, the image's number
     "Masks as booleans (C, H, W)."
     x = [as_array(c) for c in x]
-    if {c.shape for c in x} == {shape[1:]}: x = [np.stack(x)] # rows: a single (H, W)
+    if len({c.shape for c in x}) == 1 and x[0].ndim == 1: x = [np.stack(x)] # rows of a single (H, W)
     for c in x:
-        if c.shape != shape: raise InputError(f'map {i} is {shape} but its mask is {c.shape}; compare them at one size, (H, W)')
+        if c.shape != shape:
+            raise InputError(f'map {i} is {shape} but its mask is {c.shape}; compare them at one size, (H, W)')
     return np.stack([c > 0 for c in x]) if len(x) else np.zeros((0, *shape), bool)
 
-# %% ../nbs/07_metrics.ipynb #39a1c626
+# %% ../nbs/07_metrics.ipynb #148fd214
 def _together(**streams): # name: iterable
     "Their items side by side; iterables of different lengths are an `InputError`."
     end = object()
     for i,row in enumerate(zip_longest(*streams.values(), fillvalue=end)):
         gone = [k for k,x in zip(streams, row) if x is end]
-        if gone: raise InputError(f'there are only {i} {gone[0]}s but more of the rest; give one of each for every image')
+        if gone: raise InputError(f'there are only {i} {gone[0]}s but more of the rest; give one for every image')
         yield row
 
 # %% ../nbs/07_metrics.ipynb #e588b02f
@@ -342,7 +347,7 @@ def _mean(rows):
     return {k: _mean([r[k] for r in rows]) if isinstance(v, dict) else sum(r[k] for r in rows)/len(rows)
             for k,v in rows[0].items() if isinstance(v, (float, dict))}
 
-# %% ../nbs/07_metrics.ipynb #898d5067
+# %% ../nbs/07_metrics.ipynb #08b2a9c8
 @dataclass(frozen=True)
 class Result:
     "Figures of a category: each anomaly type apart with all good images, and all pooled"
@@ -356,29 +361,30 @@ class Result:
     def category(self): return self.mean if self.pooled.au_spro else self.pooled.as_dict()
 
     def as_dict(self):
-        """Ready for JSON. On top one number of the category for each metric (`au_pro` at 0.3, `au_spro` at 0.05, and for LOCO
-        `au_spro_logical`, `au_spro_structural`); below them `limits`, `kinds`, `mean` and `pooled` hold everything."""
+        """Ready for JSON. On top one number of the category for each metric (`au_pro` at 0.3, `au_spro` at 0.05,
+        for LOCO `au_spro_logical`, `au_spro_structural`); below them `limits`, `kinds`, `mean` and `pooled` hold everything."""
         top = self.category
         limits = {k: top[k] for k in HEADLINE if k in top}
         heads = {k: v[str(HEADLINE[k])] for k,v in limits.items() if str(HEADLINE[k]) in v}
         if 'au_spro' in heads:
-            heads |= {f'au_spro_{k.removesuffix("_anomalies")}': f.au_spro[HEADLINE['au_spro']] for k,f in self.kinds.items()}
+            heads |= {f'au_spro_{k.removesuffix("_anomalies")}': f.au_spro[HEADLINE['au_spro']]
+                      for k,f in self.kinds.items()}
         return {k: v for k,v in top.items() if isinstance(v, float)} | heads | dict(limits=limits,
             kinds={k: f.as_dict() for k,f in self.kinds.items()}, mean=self.mean, pooled=self.pooled.as_dict())
 
-# %% ../nbs/07_metrics.ipynb #eb6db2dd
+# %% ../nbs/07_metrics.ipynb #9e97e95a
 class Evaluation:
     "Maps and masks in, one image at a time, in any order; `compute` measures. Keeps two bytes a float32 pixel."
     def __init__(self, limits=LIMITS): # of the FPR, in (0, 1]
         if not limits or not all(0 < l <= 1 for l in limits):
-            raise InputError(f'the limits of the false positive rate are {list(limits)}; each must be above 0 and at most 1')
+            raise InputError(f'the limits of the FPR are {list(limits)}; each must be above 0 and at most 1')
         self.limits, self.rows, self.saturated = tuple(float(l) for l in limits), [], None
         self.neg, self.pos, self.pro, self.spro, self.defects = {}, {}, {}, {}, {}
 
     def update(self,
                map, # (H, W) anomaly map, numpy or torch
-               channels=(), # one mask for each defect: (C, H, W), a list of (H, W), or one (H, W); none for a good image
-               saturations=None, # C saturation areas in 1..area (see `saturation`); all anomalous images have them or none
+               channels=(), # a mask for each defect: (C, H, W), a list of (H, W), or one (H, W); none if good
+               saturations=None, # C areas in 1..area (see `saturation`), for all anomalous images or for none
                kind=None, # 'good' or the anomaly type; without it 'good' or 'anomaly' by the mask
                score=None): # the image's score; without it the map's maximum
         "Count one image in; returns the evaluation. Nothing is counted when an `InputError` is raised."
@@ -388,10 +394,12 @@ class Evaluation:
         marked = [bool(c.any()) for c in ch]
         kind = kind or ('anomaly' if any(marked) else 'good')
         if kind == 'good':
-            if any(marked): raise InputError(f'map {i} is of a good image but its mask marks pixels; give its anomaly type')
+            if any(marked):
+                raise InputError(f'map {i} is of a good image but its mask marks pixels; give its anomaly type')
             ch = ch[:0]
         elif not marked: raise InputError(f'map {i} is of kind {kind} but has no mask; give one mask for each defect')
-        elif not all(marked): raise InputError(f'map {i}, mask {marked.index(False)}: it marks no pixel; a defect needs at least one')
+        elif not all(marked):
+            raise InputError(f'map {i}, mask {marked.index(False)}: it marks no pixel; a defect needs at least one')
         score = float(x.max() if score is None else score)
         if not np.isfinite(score): raise InputError(f'image {i} has the score {score}; it must be a finite number')
         if len(ch): self._anomalous(kind, x, ch, self._areas(saturations, ch, i))
@@ -402,14 +410,15 @@ class Evaluation:
     def _areas(self, s, ch, i):
         "Saturation areas as integers, or None where there are none."
         if self.saturated not in (None, s is not None):
-            raise InputError(f'map {i} comes {"without" if s is None else "with"} saturation areas, unlike those before it; '
-                             'give them for all anomalous images or for none')
+            raise InputError(f'map {i} comes {"without" if s is None else "with"} saturation areas, unlike those '
+                             'before it; give them for all anomalous images or for none')
         if s is not None:
             s, area = np.ravel(as_array(s)), ch.sum((1, 2))
-            if len(s) != len(ch): raise InputError(f'map {i} has {len(ch)} masks but {len(s)} saturation areas; give one for each mask')
+            if len(s) != len(ch):
+                raise InputError(f'map {i} has {len(ch)} masks but {len(s)} saturation areas; give one for each mask')
             for j,(a,n) in enumerate(zip(s, area)):
                 if not 1 <= a <= n or a != int(a): raise InputError(
-                    f'map {i}, mask {j}: the saturation area is {a}; it must be a whole number of pixels from 1 to the area, {n}')
+                    f'map {i}, mask {j}: the saturation area is {a}; it must be a whole number from 1 to the area, {n}')
             s = s.astype(int)
         self.saturated = s is not None
         return s
@@ -428,9 +437,9 @@ class Evaluation:
     def compute(self): # -> Result
         "The `Result` of all images so far; more may follow. `InputError` without anomalous or without good images."
         kinds = sorted(self.pos)
-        if not kinds: raise InputError('no image is anomalous, so there is nothing to find; add anomalous images with their masks')
+        if not kinds: raise InputError('no image is anomalous; add anomalous images with their masks')
         if not any(k == 'good' for k,_ in self.rows):
-            raise InputError('no image is good, and image AU-ROC compares good images with anomalous ones; add good images')
+            raise InputError('no image is good; image AU-ROC compares good with anomalous images, so add good ones')
         groups = {(k,): [k] for k in kinds} | {tuple(kinds): kinds}
         families = dict(pro=self.pro) | (dict(spro=self.spro) if self.saturated else {})
         sweeps = _walk(self.neg, self.pos, families, groups, self.limits)
@@ -445,18 +454,19 @@ class Evaluation:
                        _auroc(*image), _ap(*image), _f1(*image), s.auroc, min(s.ap, 1.), s.f1,
                        au['pro'], au.get('spro'), s.curve('pro'), s.curve('spro') if 'spro' in au else None)
 
-# %% ../nbs/07_metrics.ipynb #e548fc12
+# %% ../nbs/07_metrics.ipynb #ec716af8
 def evaluate_maps(maps, # maps (H, W), one an image, sizes may differ; a list, an array (N, H, W), or a generator
-                  masks, # for each map its masks: (H, W), or (C, H, W) with one channel a defect; all 0 for a good image
-                  saturations=None, # for each map the saturation areas of its C channels, () for a good image; None: no AU-sPRO
+                  masks, # for each map its masks, (H, W), or (C, H, W) with one a defect; all 0 if good
+                  saturations=None, # for each map its C saturation areas, () if good; without it no AU-sPRO
                   kinds=None, # for each map 'good' or its anomaly type; without it 'good' and 'anomaly' by the masks
                   scores=None, # for each map the image's score; without it the map's maximum
                   limits=LIMITS): # of the FPR, in (0, 1]
-    "The `Result` of all maps, each used once and not kept: generators do. `InputError` names the map that cannot be used."
+    "The `Result` of all maps; each is used once and not kept. `InputError` names the map that cannot be used."
     streams = dict(map=maps, mask=masks, saturation=saturations, kind=kinds, score=scores)
     streams = {k: v for k,v in streams.items() if v is not None}
     e = Evaluation(limits)
-    for row in tqdm(_together(**streams), 'measuring', disable=None):
+    n = len(maps) if hasattr(maps, '__len__') else None
+    for row in tqdm(_together(**streams), 'measuring', n, disable=None):
         r = dict(zip(streams, row))
         e.update(r['map'], r['mask'], r.get('saturation'), r.get('kind'), r.get('score'))
     return e.compute()
