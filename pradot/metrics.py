@@ -347,7 +347,7 @@ def _mean(rows):
     return {k: _mean([r[k] for r in rows]) if isinstance(v, dict) else sum(r[k] for r in rows)/len(rows)
             for k,v in rows[0].items() if isinstance(v, (float, dict))}
 
-# %% ../nbs/07_metrics.ipynb #08b2a9c8
+# %% ../nbs/07_metrics.ipynb #f263a3fb
 @dataclass(frozen=True)
 class Result:
     "Figures of a category: each anomaly type apart with all good images, and all pooled"
@@ -362,7 +362,7 @@ class Result:
 
     def as_dict(self):
         """Ready for JSON. On top one number of the category for each metric (`au_pro` at 0.3, `au_spro` at 0.05,
-        for LOCO `au_spro_logical`, `au_spro_structural`); below them `limits`, `kinds`, `mean` and `pooled` hold everything."""
+        for LOCO `au_spro_logical`, `au_spro_structural`); below them `limits`, `kinds`, `mean` and `pooled` hold all."""
         top = self.category
         limits = {k: top[k] for k in HEADLINE if k in top}
         heads = {k: v[str(HEADLINE[k])] for k,v in limits.items() if str(HEADLINE[k]) in v}
