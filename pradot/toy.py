@@ -167,7 +167,7 @@ class Part(NamedTuple):
     key: int = 0         # seed of its texture
     shown: bool = True   # a place that is free holds a part that is not shown
 
-# %% ../nbs/01_toy.ipynb #5a544a84
+# %% ../nbs/01_toy.ipynb #4542e516
 STEEL, BRASS, BRONZE = rgb(.50, .52, .55), rgb(.68, .44, .12), rgb(.56, .27, .11)
 BLOCKS = rgb(.68, .10, .015), rgb(.80, .50, .04), rgb(.02, .14, .44)     # vermilion, yellow, blue
 GLASS = rgb(.01, .34, .27), rgb(.78, .28, .01)                           # teal, amber
@@ -215,12 +215,12 @@ def paint_marble(p, x, y, d, px, rng):
     r2 = np.minimum(gx*gx + gy*gy, 1)
     swirl = smoothstep(np.abs(y/MARBLE + .45*np.sin(3*x/MARBLE + p.key % 7)), .34, .12)*(1 - r2)
     glow = np.exp(-((gx - .38)**2 + (gy - .44)**2)*3.2)
-    light = GLASS[p.variant]*(.30 + .35*(1 - r2) + 1.0*glow) + .34*swirl*rgb(1, .97, .9)
+    light = GLASS[p.variant]*(.30 + .35*(1 - r2) + 1.0*glow) + .22*swirl*rgb(1, .97, .9)
     spot = np.exp(-(((gx + .36)**2 + (gy + .42)**2)*34)**2) + .25*np.exp(-((gx + .2)**2 + (gy + .25)**2)*6)
     return light*(1 - .45*r2*r2) + .9*spot
 
 def paint_plate(p, x, y, d, px, rng):
-    "A printed card: a coloured sign for the kind of screw in the tray, lines of text, and bars of random widths."
+    "A printed card: a coloured sign for the kind of screw in the tray, lines of text, and bars."
     w, hh = PLATE
     fibre = 1 + .035*smooth_noise(rng, x.shape, (40, 50)) + .03*smooth_noise(rng, x.shape, (4, 5))
     out = PAPER*fibre
@@ -233,7 +233,7 @@ def paint_plate(p, x, y, d, px, rng):
     out = ink(out, np.abs(sd_box(x, y, w - .02, hh - .02, r=.006)) - .0012 + 9*(x + y > .19), colour*.5)
     for i, length in enumerate((.125, .10, .125)):
         out = ink(out, sd_box(x - .005 - length/2 + .008, y + .058 - i*.025, length, .0105, r=.004), INK)
-    edges = -.003 + np.cumsum(rng.uniform(.0035, .0105, 18))
+    edges = -.003 + np.cumsum([.004, .006, .009, .005, .004, .010, .007, .004, .009, .006, .004, .008, .005, .010, .006, .004, .009, .005])
     for a, b in zip(edges[::2], edges[1::2]):
         out = ink(out, sd_box(x - (a + b)/2, y - .045, b - a, .042), INK)
     return shade(bevel(d, .004, .003), px, out, gloss=.04, power=12)
@@ -376,7 +376,7 @@ def draw_tray(X, Y, px, size, rng, cut=None):
     ids[wall < 0] = 1
     return image, ids, taken
 
-# %% ../nbs/01_toy.ipynb #33782ff3
+# %% ../nbs/01_toy.ipynb #62ce165b
 def scatter(rng, n, w, h, r):
     "n points in a w × h rectangle at the origin, at least r from its sides and 2r (less a hair) apart: (n, 2)."
     lim = np.array([w, h])/2 - r
@@ -412,8 +412,9 @@ def arrange(
             rng.uniform(-.07, .07), i)
     add('gear', 'gear', 'gear', rng.uniform(-.022, .022), rng.uniform(-.014, .014), rng.uniform(0, 6.28))
     colours = rng.permutation([0, 0, 0, 1, 1])
-    for i, (x, y) in enumerate(scatter(rng, 6, *c['marbles'][2:], max(MARBLE, WASHER) + .001)):
-        add(f'marble{i}', 'marble', 'marbles', x, y, rng.uniform(0, 6.28), colours[min(i, 4)], shown=i < 5)
+    for i, place in enumerate(rng.permutation(6)):               # three by two places, of which one stays free
+        add(f'marble{i}', 'marble', 'marbles', (place % 3 - 1)*.122 + rng.uniform(-.010, .010),
+            (place//3 - .5)*.122 + rng.uniform(-.010, .010), rng.uniform(0, 6.28), colours[min(i, 4)], shown=i < 5)
     add('plate', 'plate', 'plate', rng.uniform(-.022, .022), rng.uniform(-.012, .012), rng.uniform(-.05, .05), kind)
     return parts
 
@@ -495,7 +496,7 @@ LOGICAL = dict(
     missing_block=(_missing('block', known=True), 'blocks', None),
     missing_marble=(_missing('marble'), 'marbles', 'marble'))
 
-# %% ../nbs/01_toy.ipynb #487ac1ef
+# %% ../nbs/01_toy.ipynb #5ec177bd
 def jagged(rng, x0, y0, r):
     "Distance function (x, y) of a disc of radius r at (x0, y0) with a rough outline."
     a, f = rng.uniform(0, 6.28, 4), np.array([2, 3, 5, 9])
@@ -512,7 +513,7 @@ def chip_place(
 ):
     "Where a chip goes: the name of a part, or 'tray', and the distance function of what breaks off."
     name = rng.choice([n for n, p in parts.items() if p.shown and p.kind in ('block', 'gear', 'plate')] + ['tray'])
-    r = .011 + .026*strength
+    r = .014 + .036*strength
     if name == 'tray':
         w, h = size[1]/min(size)/2 - EDGE, size[0]/min(size)/2 - EDGE
         u, s = rng.uniform(-.8, .8), rng.choice([-1, 1])
@@ -542,17 +543,17 @@ def _around(points, margin, X, Y, px):
 
 def _scratch(rng, image, ids, X, Y, px, strength, choices):
     t, x, y = _start(rng, ids, X, Y, choices)
-    a, length, bow = rng.uniform(0, np.pi), rng.uniform(.12, .24), rng.uniform(-.12, .12)
+    a, length, bow = rng.uniform(0, np.pi), rng.uniform(.16, .34), rng.uniform(-.12, .12)
     s = np.linspace(-.5, .5, 9)[:, None]
     along, across = np.array([np.cos(a), np.sin(a)]), np.array([-np.sin(a), np.cos(a)])
     points = np.array([x, y]) + s*length*along + bow*length*(1 - 4*s*s)*across
     w = _around(points, .03, X, Y, px)
     found = np.zeros(ids.shape, bool)
-    for shift, width, amount in ((0, .0030, 1.), (rng.uniform(.008, .013), .0020, .7)):
+    for shift, width, amount in ((0, .0044, 1.), (rng.uniform(.010, .016), .0028, .8)):
         d, u = sd_path(X[w], Y[w], points + shift*across)
-        gap = (np.sin(u*rng.uniform(12, 30) + rng.uniform(0, 6)) > -.75) & (ids[w] == t)
+        gap = (np.sin(u*rng.uniform(8, 24) + rng.uniform(0, 6)) > -.9) & (ids[w] == t)
         fade = np.clip(8*u*(1 - u), 0, 1)*strength*amount*gap
-        dark = coverage(sd_path(X[w], Y[w], points + (shift + .0032)*across)[0] - .0018, px)*fade*.5
+        dark = coverage(sd_path(X[w], Y[w], points + (shift + .0050)*across)[0] - .0028, px)*fade*.5
         bright = coverage(d - width, px)*fade
         view = image[:, w[0], w[1]]
         view *= 1 - dark
@@ -562,7 +563,7 @@ def _scratch(rng, image, ids, X, Y, px, strength, choices):
 
 def _crack(rng, image, ids, X, Y, px, strength, choices):
     t, x, y = _start(rng, ids, X, Y, choices)
-    step, n = .013, 13
+    step, n = .018, 13
     def walk(p, a, n):
         turn = a + np.cumsum(rng.normal(0, .35, n))*.6 + rng.normal(0, .45, n)
         return np.vstack([p, p + np.cumsum(np.stack([np.cos(turn), np.sin(turn)], 1)*step*rng.uniform(.6, 1.3, (n, 1)), 0)])
@@ -571,10 +572,10 @@ def _crack(rng, image, ids, X, Y, px, strength, choices):
     main[4] = x, y
     twig = walk(main[5:6], a + rng.choice([-1, 1])*rng.uniform(.6, 1.1), 5)
     found = np.zeros(ids.shape, bool)
-    for points, width in ((main, .0034), (twig, .0022)):
+    for points, width in ((main, .0062), (twig, .0042)):
         w = _around(points, .02, X, Y, px)
         d, u = sd_path(X[w], Y[w], points)
-        e, _ = sd_path(X[w], Y[w], points + .0030)
+        e, _ = sd_path(X[w], Y[w], points + .0046)
         r = width*(.45 + .55*strength)*(1 - .7*np.abs(2*u - .8)**2)
         on = ids[w] == t
         light = coverage(e - r*.8, px)*on*.45*strength
@@ -587,15 +588,15 @@ def _crack(rng, image, ids, X, Y, px, strength, choices):
 
 def _stain(rng, image, ids, X, Y, px, strength, choices):
     t, x, y = _start(rng, ids, X, Y, choices)
-    r = rng.uniform(.030, .062)
+    r = rng.uniform(.038, .078)
     w = _around(np.array([[x, y]]), 1.7*r, X, Y, px)
     d = jagged(rng, x, y, r)(X[w], Y[w]) + r*.10*smooth_noise(rng, X[w].shape, (9, 9))
     rim = np.exp(-(d/(r*.16))**2)
-    a = coverage(d, 3*px)*(.45 + .25*rng.random() + .4*rim)*strength*(1 + .15*smooth_noise(rng, d.shape, (14, 14)))*(ids[w] > 0)
+    a = coverage(d, 3*px)*(.55 + .25*rng.random() + .4*rim)*strength*(1 + .15*smooth_noise(rng, d.shape, (14, 14)))*(ids[w] > 0)
     tint = [rgb(.30, .14, .05), rgb(.62, .52, .24), rgb(.10, .14, .34)][rng.integers(3)]         # coffee, oil, ink
     a, view = np.clip(a, 0, .92), image[:, w[0], w[1]]
     dry = view.mean(0) < .12                                      # on dark felt a spill dries pale, elsewhere it filters light
-    view += a*(np.where(dry, view*.5 + .14*tint/tint.max() + .02, view*tint) - view)
+    view += a*(np.where(dry, view*.5 + .22*tint/tint.max() + .02, view*tint) - view)
     found = np.zeros(ids.shape, bool)
     found[w] = a > .08
     return found
@@ -622,7 +623,7 @@ def photograph(
     out = np.where(out > .75, .75 + .25*np.tanh((out - .75)/.25), out)      # highlights roll off instead of clipping
     return np.ascontiguousarray((255*out**np.float32(1/2.2) + .5).astype(np.uint8).transpose(1, 2, 0))
 
-# %% ../nbs/01_toy.ipynb #71d5af73
+# %% ../nbs/01_toy.ipynb #932aa965
 def _checked(size, seed):
     "The image size as (H, W) and the seed as a list of whole numbers; anything else is refused."
     try: H, W = map(index, size)
@@ -668,7 +669,7 @@ def scene(
     X, Y = grids(SAMPLES)
     parts = arrange(layout, size)
     spoil = {k: np.random.default_rng([*seed, 3, DEFECTS.index(k)]) for k in kinds}
-    strength = {k: r.uniform(.35, 1) for k, r in spoil.items()}
+    strength = {k: r.uniform(.4, 1) for k, r in spoil.items()}
     masks = {}
     for k in kinds:
         if k in LOGICAL:
@@ -684,7 +685,7 @@ def scene(
         taken = gone if gone is not None else taken
     for k in kinds:
         if k in LOGICAL: continue
-        targets = [numbers[n] for n, p in parts.items() if p.shown and p.kind in ('block', 'plate')] + [1, 1]
+        targets = [numbers[n] for n, p in parts.items() if p.shown and p.kind in ('block', 'plate')] + [1]
         if k != 'crack': targets += range(2, 2 + len(CELLS))
         found = taken if k == 'chip' else np.zeros(X.shape, bool)
         while not found.any(): found = STRUCTURAL[k](spoil[k], image, ids, X, Y, px, strength[k], targets)
@@ -747,8 +748,8 @@ def _write(
             Image.fromarray(mask.astype(np.uint8)*np.uint8(value[name])).save(path)
     (home/'defects_config.json').write_text(json.dumps(entries, indent=4))
 
-# %% ../nbs/01_toy.ipynb #95ecee65
-GENERATOR = 1   # raise it when a change of this module changes the pictures: cached sets of older generators are then left alone
+# %% ../nbs/01_toy.ipynb #b6fec6d5
+GENERATOR = 2   # raise it when a change of this module changes the pictures: cached sets of older generators are then left alone
 
 def _cache():
     "The per-user cache folder of this package."
