@@ -21,13 +21,13 @@ from PIL import Image
 from tqdm import tqdm
 from .data import Category, InputError, mvtec_loco
 
-# %% ../nbs/01_toy.ipynb #e62a889e
+# %% ../nbs/01_toy.ipynb #5f9d45ef
 def smooth_noise(
     rng,     # numpy random generator
     shape,   # (rows, columns) wanted
     cells,   # (rows, columns) of the coarse random grid: few = broad patches, many = fine grain
 ):
-    "Random numbers of about unit spread, bicubically interpolated from a grid of `cells` to `shape`: float32 (rows, columns)."
+    "Random numbers of about unit spread, interpolated from a grid of `cells` to `shape`: float32 (rows, columns)."
     grid = rng.standard_normal(tuple(max(int(c), 2) for c in cells), dtype=np.float32)
     return np.asarray(Image.fromarray(grid).resize(shape[::-1], Image.Resampling.BICUBIC))
 
@@ -62,7 +62,7 @@ def sd_path(x, y, points):
         best, along = np.where(near, d, best), np.where(near, (i + t)/(len(points) - 1), along)
     return np.sqrt(best), along
 
-# %% ../nbs/01_toy.ipynb #314670e2
+# %% ../nbs/01_toy.ipynb #a0268666
 WASHER, MARBLE, GEAR = .052, .046, .106            # outer radii
 BLOCK, PLATE, SCREW = (.118, .158), (.32, .19), .34  # width and height; a screw's length
 
@@ -71,7 +71,7 @@ def sd_washer(x, y): return np.maximum(sd_disc(x, y, WASHER), -sd_disc(x, y, WAS
 def sd_marble(x, y): return sd_disc(x, y, MARBLE)
 
 def sd_block(x, y):
-    "A brick with two round studs' worth of rounding at its corners."
+    "A brick with rounded corners."
     return sd_box(x, y, *BLOCK, r=.016)
 
 def sd_plate(x, y):
@@ -167,7 +167,7 @@ class Part(NamedTuple):
     key: int = 0         # seed of its texture
     shown: bool = True   # a place that is free holds a part that is not shown
 
-# %% ../nbs/01_toy.ipynb #4542e516
+# %% ../nbs/01_toy.ipynb #203bf6f1
 STEEL, BRASS, BRONZE = rgb(.50, .52, .55), rgb(.68, .44, .12), rgb(.56, .27, .11)
 BLOCKS = rgb(.68, .10, .015), rgb(.80, .50, .04), rgb(.02, .14, .44)     # vermilion, yellow, blue
 GLASS = rgb(.01, .34, .27), rgb(.78, .28, .01)                           # teal, amber
@@ -233,7 +233,8 @@ def paint_plate(p, x, y, d, px, rng):
     out = ink(out, np.abs(sd_box(x, y, w - .02, hh - .02, r=.006)) - .0012 + 9*(x + y > .19), colour*.5)
     for i, length in enumerate((.125, .10, .125)):
         out = ink(out, sd_box(x - .005 - length/2 + .008, y + .058 - i*.025, length, .0105, r=.004), INK)
-    edges = -.003 + np.cumsum([.004, .006, .009, .005, .004, .010, .007, .004, .009, .006, .004, .008, .005, .010, .006, .004, .009, .005])
+    edges = -.003 + np.cumsum([.004, .006, .009, .005, .004, .010, .007, .004, .009,
+                                .006, .004, .008, .005, .010, .006, .004, .009, .005])
     for a, b in zip(edges[::2], edges[1::2]):
         out = ink(out, sd_box(x - (a + b)/2, y - .045, b - a, .042), INK)
     return shade(bevel(d, .004, .003), px, out, gloss=.04, power=12)
@@ -315,7 +316,7 @@ def draw(
     ids[area][a > .5] = number
     return taken
 
-# %% ../nbs/01_toy.ipynb #b30d098f
+# %% ../nbs/01_toy.ipynb #f171ec5e
 WALL, EDGE = .025, .045   # thickness of the walls, margin around the tray
 ROWS = (('washers', .38), ('screw', .455)), (('blocks', .525), ('gear', .31)), (('marbles', .40), ('plate', .435))
 CELLS = tuple(name for row in ROWS for name, _ in row)
@@ -336,7 +337,8 @@ def cells(
     return out
 
 def draw_tray(X, Y, px, size, rng, cut=None):
-    "Desk, tray and empty compartments: linear light (3, rows, columns), numbers of the things seen (0 desk, 1 wall, 2… floors), cut samples."
+    """Desk, tray and empty compartments: linear light (3, rows, columns), the number of the thing seen at each sample
+    (0 desk, 1 wall, 2… floors), and the samples that `cut` took away (or None)."""
     shape = X.shape
     w, h = size[1]/min(size) - 2*EDGE, size[0]/min(size) - 2*EDGE
     # the desk: walnut, streaks along x
@@ -496,7 +498,7 @@ LOGICAL = dict(
     missing_block=(_missing('block', known=True), 'blocks', None),
     missing_marble=(_missing('marble'), 'marbles', 'marble'))
 
-# %% ../nbs/01_toy.ipynb #5ec177bd
+# %% ../nbs/01_toy.ipynb #071ebd1d
 def jagged(rng, x0, y0, r):
     "Distance function (x, y) of a disc of radius r at (x0, y0) with a rough outline."
     a, f = rng.uniform(0, 6.28, 4), np.array([2, 3, 5, 9])
@@ -530,7 +532,7 @@ def _start(rng, ids, X, Y, choices):
     for reach in (6, 3, 1, 0):
         for t in rng.permutation(choices):
             on = ids == t
-            if reach: on = on & np.roll(on, reach, 0) & np.roll(on, -reach, 0) & np.roll(on, reach, 1) & np.roll(on, -reach, 1)
+            if reach: on = np.all([on] + [np.roll(on, r, axis) for r in (reach, -reach) for axis in (0, 1)], 0)
             where = np.flatnonzero(on)
             if len(where):
                 i = rng.choice(where)
@@ -566,7 +568,8 @@ def _crack(rng, image, ids, X, Y, px, strength, choices):
     step, n = .018, 13
     def walk(p, a, n):
         turn = a + np.cumsum(rng.normal(0, .35, n))*.6 + rng.normal(0, .45, n)
-        return np.vstack([p, p + np.cumsum(np.stack([np.cos(turn), np.sin(turn)], 1)*step*rng.uniform(.6, 1.3, (n, 1)), 0)])
+        steps = np.stack([np.cos(turn), np.sin(turn)], 1)*step*rng.uniform(.6, 1.3, (n, 1))
+        return np.vstack([p, p + np.cumsum(steps, 0)])
     a = rng.uniform(0, 2*np.pi)
     main = walk(np.array([[x, y]]) - 4*step*np.array([np.cos(a), np.sin(a)]), a, n)
     main[4] = x, y
@@ -592,10 +595,11 @@ def _stain(rng, image, ids, X, Y, px, strength, choices):
     w = _around(np.array([[x, y]]), 1.7*r, X, Y, px)
     d = jagged(rng, x, y, r)(X[w], Y[w]) + r*.10*smooth_noise(rng, X[w].shape, (9, 9))
     rim = np.exp(-(d/(r*.16))**2)
-    a = coverage(d, 3*px)*(.55 + .25*rng.random() + .4*rim)*strength*(1 + .15*smooth_noise(rng, d.shape, (14, 14)))*(ids[w] > 0)
+    a = coverage(d, 3*px)*(.55 + .25*rng.random() + .4*rim)*strength*(ids[w] > 0)
+    a = a*(1 + .15*smooth_noise(rng, d.shape, (14, 14)))
     tint = [rgb(.30, .14, .05), rgb(.62, .52, .24), rgb(.10, .14, .34)][rng.integers(3)]         # coffee, oil, ink
     a, view = np.clip(a, 0, .92), image[:, w[0], w[1]]
-    dry = view.mean(0) < .12                                      # on dark felt a spill dries pale, elsewhere it filters light
+    dry = view.mean(0) < .12                                 # on dark felt a spill dries pale, elsewhere it filters light
     view += a*(np.where(dry, view*.5 + .22*tint/tint.max() + .02, view*tint) - view)
     found = np.zeros(ids.shape, bool)
     found[w] = a > .08
@@ -623,11 +627,12 @@ def photograph(
     out = np.where(out > .75, .75 + .25*np.tanh((out - .75)/.25), out)      # highlights roll off instead of clipping
     return np.ascontiguousarray((255*out**np.float32(1/2.2) + .5).astype(np.uint8).transpose(1, 2, 0))
 
-# %% ../nbs/01_toy.ipynb #fe3dea18
+# %% ../nbs/01_toy.ipynb #2bc5af35
 def _checked(size, seed):
     "The image size as (H, W) and the seed as a list of whole numbers; anything else is refused."
     try: H, W = map(index, size)
-    except (TypeError, ValueError): raise InputError(f'size must be (height, width) in whole pixels, not {size!r}') from None
+    except (TypeError, ValueError):
+        raise InputError(f'size must be (height, width) in whole pixels, not {size!r}') from None
     if min(H, W) < 64 or max(H, W) > 4096 or max(H, W) > 2*min(H, W):
         raise InputError(f'size {H} x {W} cannot be drawn; each side must have 64 to 4096 pixels, '
                          'and the longer at most twice the shorter')
@@ -747,8 +752,8 @@ def _write(
             Image.fromarray(mask.astype(np.uint8)*np.uint8(value[name])).save(path)
     (home/'defects_config.json').write_text(json.dumps(entries, indent=4))
 
-# %% ../nbs/01_toy.ipynb #cfa77af8
-GENERATOR = 3   # raise it when a change of this module changes the pictures: cached sets of older generators are then left alone
+# %% ../nbs/01_toy.ipynb #4815efd1
+GENERATOR = 3   # raise it when a change of this module changes the pictures: cached sets of older ones are then left alone
 
 def _cache():
     "The per-user cache folder of this package."
@@ -760,10 +765,12 @@ def _complete(home, manifest):
     try: found = json.loads((home/'toy.json').read_text())
     except (OSError, ValueError): found = None
     if found != manifest:
-        raise InputError(f'{home} already holds something else than the toy set asked for; remove it or choose another root')
+        raise InputError(f'{home} already holds something else than the toy set asked for; '
+                         'remove it or choose another root')
     images = sum(1 for split in SPLITS for _ in (home/split).glob('*.png'))
     if images != sum(manifest['counts']):
-        raise InputError(f'{home} has lost images ({images} of {sum(manifest["counts"])} are there); remove it to have it drawn again')
+        raise InputError(f'{home} has lost images ({images} of {sum(manifest["counts"])} are there); '
+                         'remove it to have it drawn again')
     return True
 
 def tray(
@@ -780,7 +787,7 @@ def tray(
     """The toy set, drawn on the first call and read from disk after that, in MVTec LOCO's layout under ROOT/tray.
     Raises `InputError` for parameters that cannot be drawn, or when the place is taken by something else."""
     (H, W), seeds = _checked(size, seed)
-    if len(seeds) != 1 or isinstance(seed, (tuple, list)): raise InputError(f'seed must be one whole number, not {seed!r}')
+    if isinstance(seed, (tuple, list)): raise InputError(f'seed must be one whole number, not {seed!r}')
     counts = dict(zip(SPLITS, (train, validation, good, logical, structural)))
     for split, n in counts.items():
         low = int(split == 'train/good')
@@ -805,6 +812,7 @@ def tray(
             except OSError:                       # another process was faster, or the place cannot be used
                 if not _complete(home, manifest): raise
         except OSError as e:
-            raise InputError(f'{home} cannot be written ({e.strerror}); free some space or choose another root') from None
+            raise InputError(f'{home} cannot be written ({e.strerror or e}); '
+                             'free some space or choose another root') from None
         finally: shutil.rmtree(work, ignore_errors=True)
     return mvtec_loco(root, 'tray')
