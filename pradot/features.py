@@ -24,11 +24,11 @@ from tqdm.auto import tqdm
 
 from .data import InputError, Record, read_image
 
-# %% ../nbs/02_features.ipynb #e66c90da
+# %% ../nbs/02_features.ipynb #6f1a0134
 class SmallResNet(nn.Module):
     "A residual network of three stages with strides 4, 8 and 16, and torchvision's parameter names"
     def __init__(self,
-        widths=(64, 128, 256), # Channels of layer1, layer2, layer3
+        widths=(32, 128, 256), # Channels of layer1, layer2, layer3
         depths=(1, 1, 1)       # Residual blocks in each
     ):
         super().__init__()
@@ -98,7 +98,7 @@ def _checked(net, state, source, unused):
             raise InputError(f'{source} has {k} of shape {tuple(state[k].shape)} instead of {tuple(v.shape)}; choose the --backbone that these weights were made for')
     return state
 
-# %% ../nbs/02_features.ipynb #c6139154
+# %% ../nbs/02_features.ipynb #d0aa9933
 class Backbone(nn.Module):
     "A frozen residual network; `backbone(x)` gives the features of its stages"
     def __init__(self,
@@ -126,7 +126,7 @@ class Backbone(nn.Module):
         elif weights != 'random':
             path = SMALL if weights == 'packaged' else weights
             net.load_state_dict(_checked(net, read_weights(path), path, unused), strict=False)
-        self.net = net.requires_grad_(False).eval()
+        self.net = net.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def train(self, mode=True):
         "Stays in evaluation mode, whatever is asked: the network is frozen"
@@ -146,6 +146,7 @@ class Backbone(nn.Module):
             raise InputError(f'an image of {x.shape[-2]} x {x.shape[-1]} pixels is smaller than one grid cell of stage {max(self.stages)} '
                              f'({self.stride} x {self.stride}); raise --image-size or choose earlier stages')
         net, out = self.net, {}
+        x = x.contiguous(memory_format=torch.channels_last)
         x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
         for l in range(1, max(self.stages) + 1):
             x = getattr(net, f'layer{l}')(x)
