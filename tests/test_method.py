@@ -35,7 +35,7 @@ def missing(T):
     T = T.double()
     return float((T.sum(0) - 1/T.shape[1]).abs().sum() + (T.sum(1) - 1/T.shape[0]).abs().sum())
 
-def in_logs(M, eps, iterations=20_000):
+def in_logs(M, eps, iterations=5000):
     return ot.sinkhorn([], [], M.double(), eps, method='sinkhorn_log', numItermax=iterations, stopThr=1e-11, warn=False)
 
 # Eq. 1 and 3
