@@ -2,6 +2,7 @@
 import json, random, socket, struct
 import numpy as np
 import ot, pytest, safetensors, torch
+from PIL import Image
 from hypothesis import Phase, given, settings, strategies as st
 from safetensors.torch import save_file
 from pradot import prototypes as P
@@ -67,7 +68,8 @@ def test_zero_and_constant_features_give_finite_numbers():
                 assert M.isfinite().all() and M.min() >= 0 and M.max() <= 1 + 1e-6
                 new, t, loss = step(p, z, alpha)
                 assert new.isfinite().all() and np.isfinite(loss) and np.isfinite(t.error)
-                torch.testing.assert_close(new, torch.lerp(z[:1].expand_as(p), p, 0.95), atol=1e-5, rtol=0)  # a mean of equals
+                # a mean of equals
+                torch.testing.assert_close(new, torch.lerp(z[:1].expand_as(p), p, 0.95), atol=1e-5, rtol=0)
 
 @pytest.mark.parametrize('f', [cost, normalised_cost])
 def test_costs_refuse_grids_that_differ_and_bad_alphas(f):
@@ -85,7 +87,8 @@ def test_features_that_are_not_finite_are_refused():
 # Eq. 4
 
 @few
-@given(counts, counts, sides, sides, alphas, st.sampled_from([0.01, 0.05, 0.2]), st.sampled_from([1, 3, 10, 60]), st.integers(0, 99))
+@given(counts, counts, sides, sides, alphas, st.sampled_from([0.01, 0.05, 0.2]), st.sampled_from([1, 3, 10, 60]),
+    st.integers(0, 99))
 def test_marginals_and_the_account(B, n, H, W, alpha, eps, iterations, seed):
     M = problem(B, H, W, n, alpha, seed)
     t = sinkhorn(M, eps, iterations, tol=1e-6)
@@ -104,7 +107,8 @@ def test_the_account_is_true_in_float32(alpha, eps):
         t = sinkhorn(M, eps)
         assert missing(plan(M, t.f, t.g, eps)) == pytest.approx(t.error, abs=1e-4)
 
-@pytest.mark.xfail(strict=True, reason='below ε ≈ 0.002 K underflows in float32 and `error` is not that of the plan that is used')
+@pytest.mark.xfail(strict=True,
+    reason='below ε ≈ 0.002 K underflows in float32 and `error` is not that of the plan that is used')
 def test_the_account_is_true_in_float32_for_tiny_eps():
     for seed in range(3):
         M = problem(4, 6, 6, 2, 0., seed, torch.float32)
@@ -115,14 +119,14 @@ def test_the_account_is_true_in_float32_for_tiny_eps():
         assert missing(plan(M, t.f, t.g, 0.001)) == pytest.approx(t.error, abs=1e-3)
 
 def unbalanced(dtype):
-    "Two contents: most embeddings show the first, most prototypes the second, so that mass must travel at the highest cost"
+    "Most embeddings show one thing, most prototypes another: mass must travel at the highest cost"
     M = torch.rand(60, 40, generator=torch.Generator().manual_seed(0)).to(dtype)*0.02
     M[:40, 15:] += 1; M[40:, :15] += 1
     return M/M.max()
 
 @pytest.mark.filterwarnings('ignore:Warning. numerical errors')
 @pytest.mark.parametrize('eps', [0.1, 0.02, 0.01, pytest.param(0.005, marks=pytest.mark.xfail(strict=True,
-    reason='float32 at ε = 0.005: exp(-1/ε) is 0, more than half the mass stays in the wrong place, and training goes on'))])
+    reason='float32 at ε = 0.005: exp(-1/ε) is 0, half the mass stays in the wrong place, and training goes on'))])
 def test_mass_that_must_travel_far_does_so_in_float32(eps):
     M = unbalanced(torch.float32)
     try: t = sinkhorn(M, eps, 1000)
@@ -227,7 +231,8 @@ def test_a_batch_larger_than_the_set_is_the_set():
 def test_the_order_within_a_batch_is_of_no_account():
     z, p = feats(5, 3, 4), noise(2, 3, 4)
     order = torch.tensor([3, 0, 4, 2, 1])
-    torch.testing.assert_close(step(p, z[order], 0.3, 0., iterations=2000, tol=1e-11)[0], step(p, z, 0.3, 0., iterations=2000, tol=1e-11)[0])
+    torch.testing.assert_close(step(p, z[order], 0.3, 0., iterations=2000, tol=1e-11)[0],
+        step(p, z, 0.3, 0., iterations=2000, tol=1e-11)[0])
 
 def shuffled(z, perm): return z.flatten(1, 2)[:, perm].view_as(z)
 
@@ -238,7 +243,8 @@ def test_alpha_0_ignores_places():
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
     d, j = nearest(z, p, 0.)
     d2, j2 = nearest(shuffled(z, perm), p, 0.)
-    torch.testing.assert_close(d2.flatten(1), d.flatten(1)[:, perm]); assert torch.equal(j2.flatten(1), j.flatten(1)[:, perm])
+    torch.testing.assert_close(d2.flatten(1), d.flatten(1)[:, perm])
+    assert torch.equal(j2.flatten(1), j.flatten(1)[:, perm])
     torch.testing.assert_close(nearest(z, shuffled(p, perm), 0.)[0], d)
     a, b = (learn(x.float(), 0.3, n=2, epochs=3, batch_size=2).prototypes for x in (z, shuffled(z, perm)))
     assert (a - b).abs().max() > 1e-3                                               # while α = 0.3 does not
@@ -247,7 +253,8 @@ def test_alpha_0_ignores_places():
 def test_alpha_1_ignores_features():
     z, p = feats(4, 3, 5), noise(2, 3, 5)
     assert torch.equal(normalised_cost(z, p, 1.), normalised_cost(feats(4, 3, 5, seed=9), noise(2, 3, 5, seed=8), 1.))
-    assert torch.equal(cost(z, p, 1.).view(4, 15, 2, 15), structural(3, 5, dtype=torch.double)[None, :, None].expand(4, 15, 2, 15))
+    S = structural(3, 5, dtype=torch.double)[None, :, None]
+    assert torch.equal(cost(z, p, 1.).view(4, 15, 2, 15), S.expand(4, 15, 2, 15))
     d, j = nearest(z, p, 1.)
     assert torch.equal(d, torch.zeros_like(d)) and torch.equal(j, torch.arange(15).view(3, 5).expand(4, 3, 5))
 
@@ -260,8 +267,10 @@ def test_nearest_is_brute_force(B, n, H, W, alpha, seed):
     d, j = nearest(z, p, alpha)
     places = grid(H, W, dtype=torch.double).view(H, W, 2)
     for b, i, k in np.ndindex(B, H, W):
-        all_ = ((1 - alpha)*(1 - (unit(z[b, i, k])*unit(p)).sum(-1)) + alpha*((places[i, k] - places)**2).sum(-1)).flatten()
-        assert float(d[b, i, k]) == pytest.approx(float(all_.min()), abs=1e-12) and int(j[b, i, k]) == int(all_.argmin())
+        looks = 1 - (unit(z[b, i, k])*unit(p)).sum(-1)                              # (n, H, W)
+        all_ = ((1 - alpha)*looks + alpha*((places[i, k] - places)**2).sum(-1)).flatten()
+        assert float(d[b, i, k]) == pytest.approx(float(all_.min()), abs=1e-12)
+        assert int(j[b, i, k]) == int(all_.argmin())
     for b in range(B):                                                              # alone as in company
         torch.testing.assert_close(nearest(z[b:b + 1], p, alpha)[0], d[b:b + 1])
 
@@ -294,8 +303,10 @@ def saved(model, tmp_path_factory):
     return path
 
 def test_grids_are_not_square(model, toy):
-    assert {k: tuple(p.shape) for k, p in model.prototypes.items()} == {(l, a): (2, 96//2**(l + 2), 128//2**(l + 2), 64*2**(l - 1))
-                                                                        for l in (2, 3) for a in (0., 0.3)}
+    shapes = {k: tuple(p.shape) for k, p in model.prototypes.items()}
+    for l in (2, 3):
+        D, H, W = model.backbone(torch.zeros(1, 3, 48, 64))[l].shape[-1], 48//2**(l + 1), 64//2**(l + 1)
+        assert shapes[l, 0.] == shapes[l, 0.3] == (2, H, W, D)
     pred = model.predict(toy.test)
     assert pred.maps.shape == (6, 72, 96) and pred.maps.dtype == np.float32 and np.isfinite(pred.maps).all()
     assert 0 <= pred.maps.min() and pred.maps.max() <= 2 and pred.maps.std((1, 2)).min() > 0
@@ -305,13 +316,14 @@ def test_one_image_is_judged_alone_as_in_company(model, toy):
     together = model.predict(toy.test)
     for size in (1, 4):
         np.testing.assert_allclose(model.predict(toy.test, batch_size=size).maps, together.maps, atol=1e-5)
-    for i, r in enumerate(toy.test[:3]): np.testing.assert_allclose(model.predict([r]).maps[0], together.maps[i], atol=1e-5)
+    for r, m in zip(toy.test[:3], together.maps): np.testing.assert_allclose(model.predict([r]).maps[0], m, atol=1e-5)
     np.testing.assert_allclose(model.predict([np.asarray(toy.test[0].image())]).maps[0], together.maps[0], atol=1e-5)
 
 @quiet
 def test_two_fits_are_equal_to_the_bit_and_another_seed_is_not(model, toy):
     again, other = Pradot(**SMALL).fit(toy.train), Pradot(**SMALL, seed=1).fit(toy.train)
-    for k, p in model.prototypes.items(): assert torch.equal(p, again.prototypes[k]) and not torch.equal(p, other.prototypes[k])
+    for k, p in model.prototypes.items():
+        assert torch.equal(p, again.prototypes[k]) and not torch.equal(p, other.prototypes[k])
     assert again.reference == model.reference and again.history == model.history
     np.testing.assert_array_equal(again.predict(toy.test).maps, model.predict(toy.test).maps)
 
@@ -327,10 +339,11 @@ def test_a_loaded_model_is_the_same_to_the_bit(model, saved, toy, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['again.safetensors']
 
 @quiet
-@pytest.mark.parametrize('change', [dict(image_size=16), dict(image_size=(16, 80), stages=3), dict(stages=(1,), image_size=(16, 24)), dict(n=1, alphas=(0.,)),
-                                    dict(alphas=(0., 0.5, 1.)), dict(n=1, batch_size=1, epochs=1), dict(batch_size=64), dict(warm=True)])
+@pytest.mark.parametrize('change', [
+    dict(image_size=16), dict(image_size=(16, 80), stages=(3,)), dict(stages=(1,), image_size=(16, 24)),
+    dict(n=1, alphas=(0.,)), dict(alphas=(0., 0.5, 1.)), dict(n=1, batch_size=1, epochs=1), dict(batch_size=64),
+    dict(warm=True)])
 def test_odd_settings_work(change, toy):
-    change = {k: (v,) if k == 'stages' and isinstance(v, int) else v for k, v in change.items()}
     m = Pradot(**SMALL | change).fit(toy.train[:5])
     pred = m.predict(toy.test[:2])
     assert pred.maps.shape == (2, 72, 96) and np.isfinite(pred.maps).all() and pred.scores.min() > 0
@@ -348,7 +361,8 @@ def test_no_global_state_is_touched_and_no_network_used(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, 'connect', refuse); monkeypatch.setattr(socket, 'getaddrinfo', refuse)
     def state():
         kind, keys, *rest = np.random.get_state()
-        return (kind, keys.tolist(), rest, torch.get_rng_state().tolist(), random.getstate(), torch.get_default_dtype(), torch.is_grad_enabled(),
+        return (kind, keys.tolist(), rest, torch.get_rng_state().tolist(), random.getstate(),
+            torch.get_default_dtype(), torch.is_grad_enabled(),
                 torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), np.geterr())
     before = state()
     toy = tray(tmp_path, size=(64, 72), train=4, validation=1, good=1, logical=1, structural=1)
@@ -359,7 +373,7 @@ def test_no_global_state_is_touched_and_no_network_used(tmp_path, monkeypatch):
     assert state() == before
 
 def test_random_weights_are_of_the_seed():
-    x = to_tensor(__import__('PIL.Image').Image.new('RGB', (32, 32), 'red'), (32, 32))[None]
+    x = to_tensor(Image.new('RGB', (32, 32), 'red'), (32, 32))[None]
     a, b, c = (Backbone('resnet18', 'random', (2,), seed)(x)[2] for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -380,13 +394,18 @@ def rewritten(saved, path, **meta):
     save_file(tensors, path, {k: v for k, v in (old | meta).items() if v is not None})
     return path
 
-@pytest.mark.parametrize('meta, says', [(dict(format=str(FORMAT + 1)), 'newer'), (dict(format='999999'), 'newer'), (dict(pradot=None), 'not a model of pradot'),
-    (dict(config=None), 'incomplete'), (dict(config='{'), 'incomplete'), (dict(config='{"k": 3}'), 'incomplete'), (dict(reference=None), 'incomplete'),
-    (dict(reference='7'), 'incomplete'), (dict(config='{"n": 0}'), 'incomplete'), (dict(config='{"stages": [1, 2]}'), 'incomplete'),
+@pytest.mark.parametrize('meta, says', [(dict(format=str(FORMAT + 1)), 'newer'), (dict(format='999999'), 'newer'),
+    (dict(pradot=None), 'not a model of pradot'),
+    (dict(config=None), 'incomplete'), (dict(config='{'), 'incomplete'), (dict(config='{"k": 3}'), 'incomplete'),
+    (dict(reference=None), 'incomplete'),
+    (dict(reference='7'), 'incomplete'), (dict(config='{"n": 0}'), 'incomplete'),
+    (dict(config='{"stages": [1, 2]}'), 'incomplete'),
     pytest.param(dict(config='[]'), 'incomplete', marks=pytest.mark.xfail(strict=True, reason='AttributeError')),
     pytest.param(dict(config='3'), 'incomplete', marks=pytest.mark.xfail(strict=True, reason='AttributeError')),
-    pytest.param(dict(reference='[1]'), 'incomplete', marks=pytest.mark.xfail(strict=True, reason='loads; fails later, in overlay')),
-    pytest.param(dict(reference='[NaN, 1]'), 'incomplete', marks=pytest.mark.xfail(strict=True, reason='loads; overlays of NaN'))])
+    pytest.param(dict(reference='[1]'), 'incomplete', marks=pytest.mark.xfail(strict=True,
+        reason='loads; fails later, in overlay')),
+    pytest.param(dict(reference='[NaN, 1]'), 'incomplete', marks=pytest.mark.xfail(strict=True,
+        reason='loads; overlays of NaN'))])
 def test_foreign_and_newer_model_files_are_refused(saved, tmp_path, meta, says):
     path = rewritten(saved, tmp_path/'x.safetensors', **meta)
     with pytest.raises(InputError, match=says) as e: Pradot.load(path, 'cpu')
@@ -399,7 +418,8 @@ def test_a_config_that_contradicts_the_prototypes_is_refused(saved, tmp_path, fi
     path = rewritten(saved, tmp_path/'x.safetensors', config=json.dumps(config | {field: value}))
     with pytest.raises(InputError): Pradot.load(path, 'cpu')
 
-@pytest.mark.parametrize('content', [b'', b'\0'*7, b'\0'*8, b'\0'*64, b'\xff'*64, b'PK\3\4 not ours', b'{}', struct.pack('<Q', 2) + b'{}', struct.pack('<Q', 2**40)])
+@pytest.mark.parametrize('content', [b'', b'\0'*7, b'\0'*8, b'\0'*64, b'\xff'*64, b'PK\3\4 not ours', b'{}',
+    struct.pack('<Q', 2) + b'{}', struct.pack('<Q', 2**40)])
 def test_files_that_are_no_models_are_refused(tmp_path, content):
     path = tmp_path/'x.safetensors'
     path.write_bytes(content)
@@ -422,17 +442,20 @@ def test_truncated_model_files_are_refused(saved, tmp_path):
     with pytest.raises(InputError): Pradot.load(path, 'cpu')
 
 def flipped(saved):
-    "Model files with one header byte changed: each of its length and of what `save` says about the model, and some of the tensors' names and places"
+    """Model files with one header byte changed: each of its length and of what `save` says about the model,
+    and some of the tensors' names and places"""
     data = saved.read_bytes()
     head = 8 + struct.unpack('<Q', data[:8])[0]
     start = data.index(b'__metadata__'); end = data.index(b'}', data.index(b'seed', start)) + 80
-    some = np.random.default_rng(0).choice(np.arange(8, head), 100, replace=False).tolist()     # safetensors orders entries at random
+    # safetensors orders entries at random
+    some = np.random.default_rng(0).choice(np.arange(8, head), 100, replace=False).tolist()
     for i in [*range(8), *range(start, min(end, head)), *some]:
         bad = bytearray(data)
         bad[i] ^= 1
         yield bytes(bad)
 
-@pytest.mark.xfail(strict=True, reason='an image_size that does not fit the prototypes is not noticed before predict crashes')
+@pytest.mark.xfail(strict=True,
+    reason='an image_size that does not fit the prototypes is not noticed before predict crashes')
 def test_flipped_header_bytes_never_crash(saved, tmp_path, toy):
     path, image = tmp_path/'x.safetensors', np.asarray(toy.test[0].image())
     refused = 0
@@ -452,8 +475,10 @@ def test_flipped_header_bytes_are_always_noticed(saved, tmp_path):
         with pytest.raises(InputError): Pradot.load(path, 'cpu')
 
 @few
-@given(st.sampled_from(['n', 'eps', 'iterations', 'tol', 'eta', 'epochs', 'batch_size', 'seed', 'alphas', 'stages', 'image_size']),
-       st.one_of(st.none(), st.booleans(), st.text(max_size=2), st.floats(-3, 0, exclude_max=True), st.just(float('nan')), st.just([]), st.just(object)))
+@given(st.sampled_from(['n', 'eps', 'iterations', 'tol', 'eta', 'epochs', 'batch_size', 'seed', 'alphas', 'stages',
+                        'image_size']),
+       st.one_of(st.none(), st.booleans(), st.text(max_size=2), st.floats(-3, 0, exclude_max=True),
+           st.just(float('nan')), st.just([]), st.just(object)))
 def test_config_refuses_what_makes_no_sense(key, value):
     with pytest.raises(InputError) as e: Config(**{key: value})
     assert '\n' not in str(e.value)

@@ -18,7 +18,8 @@ def juice(shared): return mvtec_loco(shared/'mvtec_loco', 'juice_bottle')
 
 def test_bottle(bottle):
     assert (len(bottle.train), len(bottle.validation), len(bottle.test)) == (209, 0, 83)
-    assert bottle.kinds == ('broken_large', 'broken_small', 'contamination') and sum(r.anomalous for r in bottle.test) == 63
+    assert bottle.kinds == ('broken_large', 'broken_small', 'contamination')
+    assert sum(r.anomalous for r in bottle.test) == 63
     assert [r.path.name for r in bottle.train[:3]] == ['000.png', '001.png', '002.png'] and bottle.defects == ()
     for r in bottle.test:
         assert r.size == (360, 360) and len(r.masks) == r.anomalous
@@ -27,7 +28,7 @@ def test_bottle(bottle):
 def test_juice_bottle(juice):
     assert (len(juice.train), len(juice.validation), len(juice.test)) == (335, 27, 169)
     assert juice.kinds == ('logical_anomalies',) and sum(r.anomalous for r in juice.test) == 142
-    assert juice.defects and {d.value for d in juice.defects} <= {*range(1, 256)} and all(d.threshold > 0 for d in juice.defects)
+    assert juice.defects and all(0 < d.value < 256 and d.threshold > 0 for d in juice.defects)
     for r in juice.test[::10]:
         assert r.size == r.image().size[::-1] == (480, 240) and (len(r.masks) == 1) == r.anomalous
         if r.anomalous: assert r.channels().shape == (1, 480, 240) and r.mask().any()
@@ -53,7 +54,8 @@ def test_weights_load_whole_and_see(shared, bottle, name, dims):
 
 @pytest.mark.filterwarnings('ignore:in \\d+ of')
 def test_a_small_fit_tells_broken_bottles_from_whole_ones(shared, bottle):
-    m = Pradot(backbone='resnet18', weights=str(weights(shared, 'resnet18')), image_size=112, n=1, batch_size=12, epochs=8, eta=0.8, iterations=20, device='cpu')
+    m = Pradot(backbone='resnet18', weights=str(weights(shared, 'resnet18')), image_size=112, n=1, batch_size=12,
+        epochs=8, eta=0.8, iterations=20, device='cpu')
     m.fit(bottle.train[:24], progress=False)
     good, bad = ([r for r in bottle.test if r.anomalous == yes] for yes in (False, True))
     some = [*good[::2], *bad[::6]][:21]
@@ -67,8 +69,10 @@ def test_a_small_fit_tells_broken_bottles_from_whole_ones(shared, bottle):
 
 @pytest.mark.filterwarnings('ignore:in \\d+ of')
 def test_images_and_masks_of_loco_go_all_the_way(juice):
-    m = Pradot(backbone='small', image_size=(96, 48), n=1, batch_size=4, epochs=1, iterations=20, device='cpu').fit(juice.train[:4], progress=False)
-    some = replace(juice, test=tuple([r for r in juice.test if not r.anomalous][:2] + [r for r in juice.test if r.anomalous][:2]))
+    m = Pradot(backbone='small', image_size=(96, 48), n=1, batch_size=4, epochs=1, iterations=20,
+        device='cpu').fit(juice.train[:4], progress=False)
+    good, bad = (tuple(r for r in juice.test if r.anomalous == yes)[:2] for yes in (False, True))
+    some = replace(juice, test=good + bad)
     result = evaluate(m, some, progress=False)
     assert result['images'] == 4 and 0 <= result['image_auroc'] <= 1 and 0 <= result['pixel_auroc'] <= 1
     assert m.predict(some.test[:1], progress=False).maps.shape == (1, 480, 240)
