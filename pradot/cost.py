@@ -64,7 +64,7 @@ def _same_grid(z, p):
     if z.ndim != 4 or p.ndim != 4 or z.shape[1:] != p.shape[1:]:
         raise InputError(f'embeddings {tuple(z.shape)} and prototypes {tuple(p.shape)} must be (B, H, W, D) and (n, H, W, D) with the same H, W, D')
 
-# %% ../nbs/03_cost.ipynb #b8ff2905
+# %% ../nbs/03_cost.ipynb #85e67f2a
 def normalised_cost(
     z:Tensor,   # (B, H, W, D) embeddings
     p:Tensor,   # (n, H, W, D) prototypes on the same grid
@@ -76,7 +76,8 @@ def normalised_cost(
     M = unit(z).flatten(0, 2) @ unit(p).flatten(0, 2).T        # (B*H*W, n*H*W), the cosine
     most = 1 - M.min()                                         # max M_feat
     if not most.isfinite(): raise InputError('features or prototypes hold values that are not finite; check the weights file and the images')
-    M.neg_().add_(1).clamp_(min=0).mul_((1 - alpha)/most if most > 0 else 0)
+    alike = most <= 8*torch.finfo(M.dtype).eps                 # nothing but rounding
+    M.neg_().add_(1).clamp_(min=0).mul_(0 if alike else (1 - alpha)/most)
     S = structural(H, W, dtype=z.dtype, device=z.device)
     if alpha and H*W > 1: M.view(B, H*W, n, H*W).add_(S[:, None], alpha=alpha/S.max().item())
     return M

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 class InputError(ValueError):
     "What was given cannot be used; the message is one sentence that says what, where, and what to do"
 
-# %% ../nbs/00_data.ipynb #97dd62b0
+# %% ../nbs/00_data.ipynb #65c3f3f9
 _FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO
 
 def _unwritable(path, e): return InputError(f'{path} cannot be written ({e.strerror or e}); choose another place or make room there')
@@ -62,14 +62,15 @@ def replacing_files(
     "A temporary folder whose files (in folders too) move into `folder` when the block succeeds, and vanish when it fails"
     folder = Path(folder)
     check_writable(folder/'x')
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    try: tmp = Path(tempfile.mkdtemp(dir=there, prefix='.pradot-'))
     except OSError as e: raise _unwritable(folder, e) from None
     try:
         yield tmp
-        for p in sorted(p for p in tmp.rglob('*') if p.is_file()):
-            with replacing(folder/p.relative_to(tmp)) as new: os.replace(p, new)
+        files = {p: folder/p.relative_to(tmp) for p in sorted(tmp.rglob('*')) if p.is_file()}
+        for to in files.values(): check_writable(to)
+        for p, to in files.items():
+            with replacing(to) as new: os.replace(p, new)
     except OSError as e:
         if e.errno in _FULL: raise _unwritable(folder, e) from None
         raise

@@ -12,10 +12,11 @@ from .data import Category, InputError, Record
 from .detector import Pradot
 from .metrics import Evaluation, channel, image_auroc
 
-# %% ../nbs/08_experiment.ipynb #f00ca724
+# %% ../nbs/08_experiment.ipynb #d5027600
 def evaluate(
     model:Pradot,                # Fitted or loaded
     category:Category,           # Its test images are judged
+    batch_size:int=16,           # Images at a time
     progress:bool=True,          # A bar, in a terminal
     each:Callable|None=None      # Called with every (record, (H, W) map, score)
 )->dict:                         # image_auroc, pixel_auroc…, all in [0, 1]; ready for JSON
@@ -26,7 +27,7 @@ def evaluate(
         if not any(r.anomalous == yes for r in records): raise InputError(f'{category.name} has no {kind} test image; evaluation needs good and anomalous ones')
     masked = all(r.masks for r in records if r.anomalous)
     evaluation, scores = Evaluation(), []
-    for record, amap, score in model.stream(records, progress=progress):
+    for record, amap, score in model.stream(records, batch_size=batch_size, progress=progress):
         scores.append(score)
         if masked: evaluation.update(amap, *_truth(record, category.defects), kind=record.kind, score=score)
         if each: each(record, amap, score)

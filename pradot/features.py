@@ -6,11 +6,11 @@
 __all__ = ['BACKBONES', 'SMALL', 'MEAN', 'STD', 'SmallResNet', 'read_weights', 'Backbone', 'as_image', 'to_tensor', 'pick_device',
            'memory_advice', 'batches', 'extract']
 
-# %% ../nbs/02_features.ipynb #5d1ffc87
+# %% ../nbs/02_features.ipynb #6d845f6c
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.resources import files
 from pathlib import Path
 
@@ -61,14 +61,18 @@ def _network(name, seed):
         if name == 'small': return SmallResNet(), 3
         return torchvision.models.get_model(name, weights=None), 4
 
-# %% ../nbs/02_features.ipynb #f9ed6b61
+# %% ../nbs/02_features.ipynb #ef9ceac7
+def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:120]
+
 def _imagenet(name):
     "torchvision's ImageNet weights (version 1), downloaded unless they are there"
     w = list(torchvision.models.get_model_weights(name))[0]
-    try: return w.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-    except (OSError, RuntimeError) as e:
-        place = Path(torch.hub.get_dir())/'checkpoints'/Path(w.url).name
-        raise InputError(f'the ImageNet weights of {name} cannot be had from {w.url} ({e}); put that file at {place}, '
+    place = Path(torch.hub.get_dir())/'checkpoints'/Path(w.url).name
+    try:
+        with redirect_stdout(sys.stderr): return w.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except Exception as e: # whatever it is, the way out is the same
+        why = f'{place} is damaged, delete it' if place.exists() else f'they cannot be had from {w.url}'
+        raise InputError(f'no ImageNet weights of {name}: {why} ({_first_line(e)}); put the file from {w.url} at {place}, '
                          'or use --weights PATH, --weights random, or --backbone small which needs no download') from None
 
 def read_weights(
@@ -79,7 +83,7 @@ def read_weights(
     if not path.is_file(): raise InputError(f'there is no weights file {path}; give a file, or one of: imagenet, random')
     try:
         state = safetensors.torch.load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise InputError(f'{path} holds no weights that can be read ({str(e).splitlines()[0][:120]}); give a safetensors file or a plain state dict') from None
+    except Exception as e: raise InputError(f'{path} holds no weights that can be read ({_first_line(e)}); give a safetensors file or a plain state dict') from None
     if isinstance(state, dict): state = state.get('state_dict', state)
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f'{path} holds something else than a dictionary of tensors; save model.state_dict()')
@@ -175,7 +179,7 @@ def to_tensor(
     a = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR), np.float32)/255 # (H, W, 3)
     return torch.from_numpy((a - np.float32(MEAN))/np.float32(STD)).permute(2, 0, 1).contiguous()
 
-# %% ../nbs/02_features.ipynb #739371ee
+# %% ../nbs/02_features.ipynb #47f5188e
 def pick_device(
     device:str|torch.device='auto' # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 )->torch.device:
@@ -183,8 +187,8 @@ def pick_device(
     if device == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f'there is no device {device} here; use --device cpu or auto') from None
     return device
 
@@ -195,7 +199,8 @@ def memory_advice(
     "Running out of memory in this block becomes an `InputError` that names the knobs to turn"
     try: yield
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and 'allocate memory' not in str(e): raise
+        words = 'allocate memory', 'tried to allocate', 'out of memory'
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not any(w in str(e) for w in words): raise
         raise InputError(f'out of memory; lower {knobs}') from None
 
 # %% ../nbs/02_features.ipynb #ae0dc3c9
@@ -222,7 +227,7 @@ def batches(
 
 def _called(x, i): return str(getattr(x, 'path', x) if isinstance(x, (Record, str, Path)) else f'image {i}')
 
-# %% ../nbs/02_features.ipynb #65ffd415
+# %% ../nbs/02_features.ipynb #75c485aa
 def extract(
     backbone:Backbone,   # On the device to compute on
     images,              # A sequence of records, paths, pictures or arrays
@@ -233,7 +238,7 @@ def extract(
     "Features of all images; raises `InputError` naming an image whose features are not finite"
     device, out = next(backbone.parameters()).device, {}
     bar = tqdm(total=len(images), desc='features', unit='image', disable=None if progress else True, leave=False)
-    with bar, memory_advice('--image-size, or use --device cpu'):
+    with bar, memory_advice('--image-size'):
         done = 0
         for xs, _, x in batches(images, size, batch_size, backbone.stride):
             for l, z in backbone(x.to(device)).items():
