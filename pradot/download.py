@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .data import SUFFIXES, InputError, Record, check_writable, read_defects, read_mask
 
-# %% ../nbs/00a_download.ipynb #68730224
+# %% ../nbs/00a_download.ipynb #40ec98bb
 @dataclass(frozen=True)
 class Source:
     "A data set that can be fetched; `dataclasses.replace(SOURCES['mvtec_ad'], url=…)` is the same from a mirror"
@@ -36,11 +36,14 @@ class Source:
         "Name of the archive"
         return PurePosixPath(self.url).name
 
-    def __repr__(self): return f'{self.title}: {len(self.counts)} categories, {sum(map(sum, self.counts.values()))} images, {_bytes(self.size)}'
+    def __repr__(self):
+        images = sum(map(sum, self.counts.values()))
+        return f'{self.title}: {len(self.counts)} categories, {images} images, {_bytes(self.size)}'
 
 def _bytes(n): return tqdm.format_sizeof(n, 'B')
+def _bar(total, desc): return tqdm(total=total, unit='B', unit_scale=True, desc=desc, disable=None)
 
-# %% ../nbs/00a_download.ipynb #3ef65162
+# %% ../nbs/00a_download.ipynb #4cae5fd7
 LICENCE = ('(c) MVTec Software GmbH, licensed CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/): '
            'for non-commercial use only')
 
@@ -50,33 +53,37 @@ _HOME = 'https://www.mvtec.com/company/research/datasets/'
 SOURCES = dict(
     mvtec_ad=Source(
         'MVTec AD',
-        _DRIVE + '38536/3830184030e49fe74747669442f0f282/download/420938113-1629952094/mvtec_anomaly_detection.tar.xz',
+        _DRIVE + '38536/3830184030e49fe74747669442f0f282/download/420938113-1629952094/'
+        'mvtec_anomaly_detection.tar.xz',
         5_264_982_680, 'cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d', _HOME + 'mvtec-ad',
         ('train/good', 'test/good', 'test/anomalous'),
-        dict(bottle=(209, 20, 63), cable=(224, 58, 92), capsule=(219, 23, 109), carpet=(280, 28, 89), grid=(264, 21, 57),
-             hazelnut=(391, 40, 70), leather=(245, 32, 92), metal_nut=(220, 22, 93), pill=(267, 26, 141),
-             screw=(320, 41, 119), tile=(230, 33, 84), toothbrush=(60, 12, 30), transistor=(213, 60, 40),
+        dict(bottle=(209, 20, 63), cable=(224, 58, 92), capsule=(219, 23, 109), carpet=(280, 28, 89),
+             grid=(264, 21, 57), hazelnut=(391, 40, 70), leather=(245, 32, 92), metal_nut=(220, 22, 93),
+             pill=(267, 26, 141), screw=(320, 41, 119), tile=(230, 33, 84), toothbrush=(60, 12, 30), transistor=(213, 60, 40),
              wood=(247, 19, 60), zipper=(240, 32, 119))),
     mvtec_loco=Source(
         'MVTec LOCO AD',
-        _DRIVE + '48237/1b9106ccdfbb09a0c414bd49fe44a14a/download/430647091-1646842701/mvtec_loco_anomaly_detection.tar.xz',
+        _DRIVE + '48237/1b9106ccdfbb09a0c414bd49fe44a14a/download/430647091-1646842701/'
+        'mvtec_loco_anomaly_detection.tar.xz',
         6_126_996_224, '9e7c84dba550fd2e59d8e9e231c929c45ba737b6b6a6d3814100f54d63aae687', _HOME + 'mvtec-loco',
         ('train/good', 'validation/good', 'test/good', 'test/logical_anomalies', 'test/structural_anomalies'),
         dict(breakfast_box=(351, 62, 102, 83, 90), juice_bottle=(335, 54, 94, 142, 94), pushpins=(372, 69, 138, 91, 81),
              screw_bag=(360, 60, 122, 137, 82), splicing_connectors=(360, 60, 119, 108, 85))))
 
-# %% ../nbs/00a_download.ipynb #726d0bbf
+# %% ../nbs/00a_download.ipynb #2cad9d33
 class _WrongSize(Exception): "What the server sends is not the archive: its size tells"
 
 def _reason(e):
     "The telling part of an error of requests, gdown or the system"
     if isinstance(e, requests.HTTPError): return f'{e.response.status_code} {e.response.reason}'
     text = ' '.join(str(e).split())
-    errno_, quoted = re.findall(r"\[Errno -?\d+\] ([^'\")]+)", text), re.findall(r"'([^']+)'", text) if 'Caused by' in text else []
-    return (errno_ or quoted or [re.sub(r'^\w+\(host=.*?\): ', '', text)])[-1][:160].rstrip('. ') or type(e).__name__
+    system = re.findall(r"\[Errno -?\d+\] ([^'\")]+)", text)
+    cause = re.findall(r"'([^']+)'", text) if 'Caused by' in text else []
+    return (system or cause or [re.sub(r'^\w+\(host=.*?\): ', '', text)])[-1][:160].rstrip('. ') or type(e).__name__
 
 def _by_hand(source, root):
-    return f'download {source.archive} with a browser from {source.url} or {source.home}, put it in {root}, and run the same again'
+    return (f'download {source.archive} with a browser from {source.url} or {source.home}, '
+            f'put it in {root}, and run the same again')
 
 def _transfer(source, stage, root, retries, timeout):
     "Bring the archive to STAGE/ARCHIVE, going on from a part that an earlier run left there"
@@ -87,7 +94,7 @@ def _transfer(source, stage, root, retries, timeout):
     if old and old[0].stat().st_size > source.size: old.pop().unlink()
     safe, arrived = [], False
     def get(resume):
-        with tqdm(total=source.size, unit='B', unit_scale=True, desc=source.archive, disable=None) as bar:
+        with _bar(source.size, source.archive) as bar:
             def progress(done, total):
                 nonlocal arrived
                 if total not in (None, source.size) or done > source.size: raise _WrongSize(total or done)
@@ -105,38 +112,46 @@ def _transfer(source, stage, root, retries, timeout):
     except _WrongSize as e:
         for p in parts():
             if p not in safe: p.unlink()
-        raise InputError(f'{source.url} sends {e} bytes where {source.archive} has {source.size}, so it may have moved; {_by_hand(source, root)}') from None
+        raise InputError(f'{source.url} sends {e} bytes where {source.archive} has {source.size}, '
+                         f'so it may have moved; {_by_hand(source, root)}') from None
     except (requests.RequestException, DownloadError) as e:
         have = parts()[-1].stat().st_size if parts() else 0
-        again = f'; run the same again to go on from {_bytes(have)} of {_bytes(source.size)}, or' if have else '; check the connection, or'
-        raise InputError(f'{source.url} cannot be fetched ({_reason(e)}){again} {_by_hand(source, root)}') from None
+        go_on = f'run the same again to go on from {_bytes(have)} of {_bytes(source.size)}'
+        do = go_on if have else 'check the connection'
+        raise InputError(f'{source.url} cannot be fetched ({_reason(e)}); {do}, or {_by_hand(source, root)}') from None
     except OSError as e: raise _full(e, root, 'the transfer goes on from where it stopped') from None
 
 def _full(e, root, then):
     "An `InputError` for what the file system refuses"
-    do = 'make room there and run the same again' if e.errno in (errno.ENOSPC, errno.EDQUOT) else 'see to that and run the same again'
-    return InputError(f'{root} cannot be written ({e.strerror or e}); {do}: {then}')
+    do = 'make room there' if e.errno in (errno.ENOSPC, errno.EDQUOT) else 'see to that'
+    return InputError(f'{root} cannot be written ({e.strerror or e}); {do} and run the same again: {then}')
 
-# %% ../nbs/00a_download.ipynb #13d5ff0c
+# %% ../nbs/00a_download.ipynb #7c57e3bb
 def sha256(
     path:str|Path # A file
 )->str:           # Hexadecimal
     "SHA-256 of a file of any size"
     h = hashlib.sha256()
-    with open(path, 'rb') as f, tqdm(total=os.path.getsize(path), unit='B', unit_scale=True, desc='SHA-256', disable=None) as bar:
+    with open(path, 'rb') as f, _bar(os.path.getsize(path), 'SHA-256') as bar:
         while block := f.read(2**20): h.update(block); bar.update(len(block))
     return h.hexdigest()
 
-# %% ../nbs/00a_download.ipynb #a995655d
+# %% ../nbs/00a_download.ipynb #d1409d29
+def _not(archive, why): raise InputError(f'{archive} {why}; it is not unpacked')
+
 class _Bounded:
     "A forward stream of at most `most` bytes, in pieces of at most 1 MiB"
-    def __init__(self, f, most, name): self.f, self.most, self.name, self.tell, self.close = f, most, name, f.tell, f.close
+    def __init__(self, f, most, name): self.f, self.most, self.name = f, most, name
+
+    def tell(self): return self.f.tell()
+
+    def close(self): pass
 
     def _check(self, to):
-        if to > self.most: raise InputError(f'{self.name} unpacks to more than {_bytes(self.most)}, which is absurd for it; it is not unpacked')
+        if to > self.most: _not(self.name, f'unpacks to more than {_bytes(self.most)}, which is absurd for it')
 
     def read(self, n=-1):
-        if not 0 <= n <= 2**20: raise InputError(f'{self.name} has a header of {n} bytes, which is absurd; it is not unpacked')
+        if not 0 <= n <= 2**20: _not(self.name, f'has a header of {n} bytes, which is absurd')
         data = self.f.read(n)
         self._check(self.tell())
         return data
@@ -145,7 +160,7 @@ class _Bounded:
 
 def _vet(m, archive, most):
     "Refuse a member that has no place in an archive of images"
-    def no(why): raise InputError(f'{archive} holds {m.name[:120]!r}, {why}; it is not unpacked')
+    def no(why): _not(archive, f'holds {m.name[:120]!r}, {why}')
     path = PurePosixPath(m.name)
     if m.issym() or m.islnk(): no('a link')
     if not (m.isreg() or m.isdir()) or m.sparse is not None: no('which is neither a plain file nor a folder')
@@ -161,12 +176,13 @@ def extract(
     skip:set[str]=frozenset() # Names at the top of the archive to leave out
 ):
     "Unpack plain files and folders; anything else in the archive raises `InputError`, and so does a damaged archive"
-    if not hasattr(tarfile, 'data_filter'): raise InputError('this Python unpacks archives unsafely; update it to 3.10.12, 3.11.4 or later')
+    if not hasattr(tarfile, 'data_filter'):
+        raise InputError('this Python unpacks archives unsafely; update it to 3.10.12, 3.11.4 or later')
     try:
-        with (open(archive, 'rb') as raw, lzma.open(raw) as xz, tarfile.open(fileobj=_Bounded(xz, most, archive), mode='r:') as tar,
-              tqdm(total=os.path.getsize(archive), unit='B', unit_scale=True, desc='unpack', disable=None) as bar):
+        with (open(archive, 'rb') as raw, lzma.open(raw) as xz, _bar(os.path.getsize(archive), 'unpack') as bar,
+              tarfile.open(fileobj=_Bounded(xz, most, archive), mode='r:') as tar):
             for n, m in enumerate(tar):
-                if n == 100_000: raise InputError(f'{archive} holds more than {n} files, which is absurd for it; it is not unpacked')
+                if n == 100_000: _not(archive, f'holds more than {n} files, which is absurd for it')
                 top = _vet(m, archive, most)[:1]
                 if top and top[0] not in skip: tar.extract(m, into, filter='data')
                 bar.update(raw.tell() - bar.n)
@@ -174,7 +190,7 @@ def extract(
     except (tarfile.TarError, lzma.LZMAError, EOFError, ValueError, OverflowError) as e:
         raise InputError(f'{archive} cannot be unpacked ({_reason(e)}); remove it and run the same again') from None
 
-# %% ../nbs/00a_download.ipynb #94553be9
+# %% ../nbs/00a_download.ipynb #228bca09
 def _missing(source, root): return [c for c in source.counts if not os.path.lexists(root/c)]
 
 @contextmanager
@@ -188,14 +204,17 @@ def _alone(root, source):
         except Timeout:
             warnings.warn(f'another run downloads into {root}; waiting for it to end', stacklevel=4)
             lock.acquire()
-    except (OSError, NotImplementedError) as e: raise InputError(f'{root} cannot be locked ({e}); choose another folder') from None
+    except (OSError, NotImplementedError) as e:
+        raise InputError(f'{root} cannot be locked ({e}); choose another folder') from None
     try:
         try:
             stage.mkdir(exist_ok=True)
-            for p in stage.glob('unpacked-*'): shutil.rmtree(p, ignore_errors=True)   # of a run that was killed
+            for p in stage.glob('unpacked-*'): shutil.rmtree(p, ignore_errors=True)  # of a run that was killed
         except OSError as e: raise _full(e, root, 'nothing was downloaded') from None
         try: yield stage
         finally:
+            for p in stage.glob('*.part'):
+                if not p.stat().st_size: p.unlink()
             if not any(stage.iterdir()): stage.rmdir()
     finally: lock.release()
 
@@ -206,12 +225,12 @@ def _unpack(archive, stage, root, source):
         with tempfile.TemporaryDirectory(prefix='unpacked-', dir=stage, ignore_cleanup_errors=True) as tmp:
             extract(archive, tmp, 2*source.size + 2**20, there)
             missing = [c for c in _missing(source, root) if not (Path(tmp)/c).is_dir()]
-            if missing: raise InputError(f'{archive} lacks {", ".join(missing)}; it is not the archive of {source.title}')
+            if missing: _not(archive, f'lacks {", ".join(missing)}, so it is not that of {source.title}')
             for p in sorted(Path(tmp).iterdir()):
                 if not os.path.lexists(root/p.name): os.rename(p, root/p.name)
     except OSError as e: raise _full(e, root, 'no half-unpacked category is left') from None
 
-# %% ../nbs/00a_download.ipynb #2f52f010
+# %% ../nbs/00a_download.ipynb #390cebe9
 def download(
     source:str|Source,        # 'mvtec_ad', 'mvtec_loco', or a `Source` of your own, such as a mirror
     root:str|Path,            # The folder that shall hold the categories, e.g. data/mvtec_ad; made if missing
@@ -222,16 +241,19 @@ def download(
 )->list[str]:                 # The categories that came in; empty where all were in place
     "Download, verify and unpack a data set, or what `root` lacks of it; whatever goes wrong raises `InputError`"
     if isinstance(source, str):
-        if source not in SOURCES: raise InputError(f'{source!r} is not a data set that can be downloaded; choose {" or ".join(SOURCES)}')
+        if source not in SOURCES:
+            raise InputError(f'{source!r} is not a data set that can be downloaded; choose {" or ".join(SOURCES)}')
         source = SOURCES[source]
     root = Path(root)
     if not _missing(source, root):
-        faults = [f for c in source.counts for f in _miscounts(root/c, source, _inventory(root/c, len(source.parts) > 3)[0])]
-        if faults: warnings.warn(f'all categories of {source.title} are in {root} and stay as they are, but {faults[0]}'
-                                 + (f' (and {len(faults) - 1} more differences)' if faults[1:] else ''), stacklevel=2)
+        loco = 'test/logical_anomalies' in source.parts
+        faults = [f for c in source.counts for f in _miscounts(root/c, source, _inventory(root/c, loco)[0])]
+        more = f' (and {len(faults) - 1} more differences)' if faults[1:] else ''
+        if faults: warnings.warn(f'all categories of {source.title} are in {root} and stay, but {faults[0]}{more}')
         return []
-    if not accept_license: raise InputError(f'{source.title} is {LICENCE}; nothing was downloaded: say --accept-license '
-                                            '(accept_license=True in Python) if you accept that')
+    if not accept_license:
+        raise InputError(f'{source.title} is {LICENCE}; nothing was downloaded: say --accept-license '
+                         '(accept_license=True in Python) if you accept that')
     own = root/source.archive
     check_writable(own)
     with _alone(root, source) as stage:
@@ -241,32 +263,32 @@ def download(
         have = sum(p.stat().st_size for p in stage.glob(f'{source.archive}*')) if archive != own else source.size
         need = max(source.size - have, 0) + int(1.1*source.size*len(missing)/len(source.counts))
         if (free := shutil.disk_usage(root).free) < need:
-            raise InputError(f'{root} has {_bytes(free)} free but {source.title} needs {_bytes(need)} more, archive and images; '
-                             'make room there or choose another folder')
+            raise InputError(f'{root} has {_bytes(free)} free but {source.title} needs {_bytes(need)} more, '
+                             'archive and images; make room there or choose another folder')
         if not archive.exists(): _transfer(source, stage, root, retries, timeout)
         if (found := sha256(archive)) != source.sha256:
             if archive == own: what = 'remove it and run the same again'
             else: archive.unlink(); what = f'it was removed, so run the same again, or {_by_hand(source, root)}'
-            raise InputError(f'{archive.name} has the SHA-256 {found} instead of {source.sha256}: it is damaged or was changed; {what}')
+            raise InputError(f'{archive.name} has the SHA-256 {found} instead of {source.sha256}: '
+                             f'it is damaged or was changed; {what}')
         _unpack(archive, stage, root, source)
         if archive != own:
             if keep_archive: os.replace(archive, own)
             else: archive.unlink()
     return missing
 
-# %% ../nbs/00a_download.ipynb #e3b26448
-def _files(folder):
-    "The image files of a folder, sorted; none where there is no such folder"
-    if not folder.is_dir(): return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith('.') and p.is_file())
+# %% ../nbs/00a_download.ipynb #4c8b4e0e
+def _seen(folder): return sorted(p for p in folder.iterdir() if p.name[0] != '.') if folder.is_dir() else []
+def _files(folder): return [p for p in _seen(folder) if p.suffix.lower() in SUFFIXES and p.is_file()]
+def _folders(folder): return [p for p in _seen(folder) if p.is_dir()]
 
 def _inventory(here, loco):
     "{part: records} of a category folder, and its masks without an image; LOCO has a folder of masks for each image"
-    found = {p: [Record(f) for f in _files(here/p)] for p in (['train/good', 'validation/good'] if loco else ['train/good']) + ['test/good']}
+    parts = ['train/good', 'validation/good', 'test/good'] if loco else ['train/good', 'test/good']
+    found = {part: [Record(f) for f in _files(here/part)] for part in parts}
     if not loco: found['test/anomalous'] = []
     truth, used = here/'ground_truth', set()
-    kinds = sorted(p.name for p in (here/'test').iterdir() if p.is_dir() and p.name[0] != '.' and p.name != 'good') if (here/'test').is_dir() else []
-    for kind in kinds:
+    for kind in [p.name for p in _folders(here/'test') if p.name != 'good']:
         for f in _files(here/'test'/kind):
             masks = _files(truth/kind/f.stem) if loco else [m for m in [truth/kind/f'{f.stem}_mask.png'] if m.is_file()]
             used.update(masks)
@@ -278,10 +300,12 @@ def _miscounts(here, source, found):
     "A sentence for each part of a category that has not as many images as published"
     out = []
     for part, n in zip(source.parts, source.counts[here.name]):
-        names = {r.path.stem for r in found.get(part, ())}
-        gaps = [f'{i:03}' for i in range(n) if f'{i:03}' not in names] if part != 'test/anomalous' else []
-        some = f'; missing: {", ".join(gaps[:5])}{" and others" if gaps[5:] else ""}' if names and gaps else ''
-        if (has := len(found.get(part, ()))) != n: out.append(f'{here/part} has {has} images where {source.title} has {n}{some}')
+        records = found.get(part, ())
+        if len(records) == n: continue
+        names = {r.path.stem for r in records}
+        gaps = [f'{i:03}' for i in range(n) if f'{i:03}' not in names] if names and part != 'test/anomalous' else []
+        some = f'; missing: {", ".join(gaps[:5])}{" and others" if gaps[5:] else ""}' if gaps else ''
+        out.append(f'{here/part} has {len(records)} images where {source.title} has {n}{some}')
     return out
 
 def _faults(r):
@@ -293,25 +317,27 @@ def _faults(r):
         try: shape = read_mask(m).shape
         except InputError as e: out.append(str(e)); continue
         if size and shape != size:
-            out.append(f'{m} is {shape[0]} x {shape[1]} pixels but its image {r.path} is {size[0]} x {size[1]}; they must agree')
+            out.append(f'{m} is {shape[0]} x {shape[1]} pixels but its image {r.path} is {size[0]} x {size[1]}; '
+                       'they must agree')
     if r.anomalous and not r.masks: out.append(f'{r.path} is anomalous but has no mask')
     return out
 
-# %% ../nbs/00a_download.ipynb #4af5c53a
+# %% ../nbs/00a_download.ipynb #3098acfa
 def check(
     root:str|Path # The folder that holds the categories of MVTec AD, MVTec LOCO or a set in their layout
-)->tuple[pd.DataFrame,list[str]]: # One row a part of a category (problems: of its files), and a sentence for each problem of any kind
+)->tuple[pd.DataFrame,list[str]]: # One row a part of a category (problems: of its files); a sentence for each problem
     """Read every image and mask of a data set and compare their number with what was published.
-    Categories of another name than the published ones have no count to compare with; LOCO's layout shows by defects_config.json."""
+    Other categories than the published ones are read too; defects_config.json tells LOCO's layout from MVTec AD's."""
     root = Path(root)
     if not root.is_dir(): raise InputError(f'{root} is not a folder; give the folder that holds the categories')
     known = {c: s for s in SOURCES.values() for c in s.counts}
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != '.' and (p.name in known or (p/'train').is_dir() or (p/'test').is_dir()))
-    if not folders: raise InputError(f'{root} holds no category, that is no folder with train and test in it; check the path')
+    folders = [p for p in _folders(root) if p.name in known or (p/'train').is_dir() or (p/'test').is_dir()]
+    if not folders: raise InputError(f'{root} holds no category (a folder with train and test in it); check the path')
     said, rows, jobs = [], [], []
     for s in SOURCES.values():
         lacks = [c for c in s.counts if c not in {p.name for p in folders}]
-        if 0 < len(lacks) < len(s.counts): said.append(f'{root} lacks {len(lacks)} of the {len(s.counts)} categories of {s.title}: {", ".join(lacks)}')
+        if 0 < len(lacks) < (of := len(s.counts)):
+            said.append(f'{root} lacks {len(lacks)} of the {of} categories of {s.title}: {", ".join(lacks)}')
     for here in folders:
         source = known.get(here.name)
         loco = source is SOURCES['mvtec_loco'] or source is None and (here/'defects_config.json').exists()
@@ -335,9 +361,10 @@ def check(
             said += faults
     return pd.DataFrame(rows).astype(dict(published='Int64')), said
 
-# %% ../nbs/00a_download.ipynb #066386ec
+# %% ../nbs/00a_download.ipynb #793eec78
 def download_command(args):
     "`pradot download`: args.source, args.data, args.accept_license, args.keep_archive"
     came = download(args.source, args.data, args.accept_license, args.keep_archive)
     title = SOURCES[args.source].title
-    print(f'{args.data}: {", ".join(came)} of {title} are in place now' if came else f'{args.data}: all of {title} is in place; nothing to do')
+    done = f'{", ".join(came)} of {title} are in place now' if came else f'all of {title} is in place; nothing to do'
+    print(f'{args.data}: {done}')
