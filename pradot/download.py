@@ -43,7 +43,7 @@ class Source:
 def _bytes(n): return tqdm.format_sizeof(n, 'B')
 def _bar(total, desc): return tqdm(total=total, unit='B', unit_scale=True, desc=desc, disable=None)
 
-# %% ../nbs/00a_download.ipynb #4cae5fd7
+# %% ../nbs/00a_download.ipynb #345607e5
 LICENCE = ('(c) MVTec Software GmbH, licensed CC BY-NC-SA 4.0 (https://creativecommons.org/licenses/by-nc-sa/4.0/): '
            'for non-commercial use only')
 
@@ -59,8 +59,8 @@ SOURCES = dict(
         ('train/good', 'test/good', 'test/anomalous'),
         dict(bottle=(209, 20, 63), cable=(224, 58, 92), capsule=(219, 23, 109), carpet=(280, 28, 89),
              grid=(264, 21, 57), hazelnut=(391, 40, 70), leather=(245, 32, 92), metal_nut=(220, 22, 93),
-             pill=(267, 26, 141), screw=(320, 41, 119), tile=(230, 33, 84), toothbrush=(60, 12, 30), transistor=(213, 60, 40),
-             wood=(247, 19, 60), zipper=(240, 32, 119))),
+             pill=(267, 26, 141), screw=(320, 41, 119), tile=(230, 33, 84), toothbrush=(60, 12, 30),
+             transistor=(213, 60, 40), wood=(247, 19, 60), zipper=(240, 32, 119))),
     mvtec_loco=Source(
         'MVTec LOCO AD',
         _DRIVE + '48237/1b9106ccdfbb09a0c414bd49fe44a14a/download/430647091-1646842701/'

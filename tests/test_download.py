@@ -14,7 +14,7 @@ import tarfile
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -335,6 +335,19 @@ def test_mutated_archives(tmp_path):
     assert min(outcomes.values()) > 0
 
 # ---- interruptions and a full disk
+
+def test_interrupted_in_the_transfer(root, monkeypatch):
+    class Bar(nullcontext):
+        n = 0
+        def __enter__(self): return self
+        def update(self, n): raise KeyboardInterrupt
+    with served() as (s, asked):
+        with monkeypatch.context() as mp:
+            mp.setattr('pradot.download._bar', lambda *args: Bar())
+            with pytest.raises(KeyboardInterrupt): get(s, root)
+        get(s, root)
+        assert asked[-1] == f'bytes={PIECE}-'
+    whole(root)
 
 @pytest.mark.parametrize('stop', [KeyboardInterrupt, RuntimeError])
 def test_interrupted_while_unpacking(stop, root, monkeypatch):
