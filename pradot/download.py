@@ -70,13 +70,13 @@ SOURCES = dict(
         dict(breakfast_box=(351, 62, 102, 83, 90), juice_bottle=(335, 54, 94, 142, 94), pushpins=(372, 69, 138, 91, 81),
              screw_bag=(360, 60, 122, 137, 82), splicing_connectors=(360, 60, 119, 108, 85))))
 
-# %% ../nbs/00a_download.ipynb #2cad9d33
+# %% ../nbs/00a_download.ipynb #3bd62a13
 class _WrongSize(Exception): "What the server sends is not the archive: its size tells"
 
 def _reason(e):
     "The telling part of an error of requests, gdown or the system"
     if isinstance(e, requests.HTTPError): return f'{e.response.status_code} {e.response.reason}'
-    text = ' '.join(str(e).split())
+    text = (str(e).splitlines() or [''])[0]
     system = re.findall(r"\[Errno -?\d+\] ([^'\")]+)", text)
     cause = re.findall(r"'([^']+)'", text) if 'Caused by' in text else []
     return (system or cause or [re.sub(r'^\w+\(host=.*?\): ', '', text)])[-1][:160].rstrip('. ') or type(e).__name__

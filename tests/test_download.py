@@ -239,7 +239,7 @@ POOL = "HTTPSConnectionPool(host='a', port=443): "
     (POOL + "Max retries exceeded with url: /b (Caused by ProxyError('Unable to connect to proxy', "
      "OSError('Tunnel connection failed: 403 Forbidden')))", 'Tunnel connection failed: 403 Forbidden'),
     (POOL + 'Read timed out. (read timeout=60)', 'Read timed out. (read timeout=60)'),
-    ('Download failed.\nTry later.', 'Download failed. Try later'),
+    ('Download is incomplete.\nThe part is kept.', 'Download is incomplete'),
     ('', 'ConnectionError')])
 def test_the_telling_part_of_an_error(text, reason): assert _reason(ConnectionError(text)) == reason
 
