@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER', 'LIGHT', 'FORMAT', 'Config', 'merge', 'Prediction', 'Pradot']
 
-# %% ../nbs/06_detector.ipynb #e1f87ddf
+# %% ../nbs/06_detector.ipynb #3642d0d3
 import hashlib, json, math, warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,7 +16,7 @@ import safetensors, safetensors.torch, torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .data import InputError, replacing
 from .features import Backbone, batches, extract, memory_advice, pick_device

@@ -6,7 +6,7 @@
 __all__ = ['BACKBONES', 'SMALL', 'MEAN', 'STD', 'SmallResNet', 'read_weights', 'Backbone', 'as_image', 'to_tensor', 'pick_device',
            'memory_advice', 'batches', 'extract']
 
-# %% ../nbs/02_features.ipynb #6d845f6c
+# %% ../nbs/02_features.ipynb #dbcd9a4b
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .data import InputError, Record, read_image
 

@@ -13,14 +13,14 @@ from PIL import Image
 
 from .data import Record
 
-# %% ../nbs/09_figures.ipynb #47a40429
+# %% ../nbs/09_figures.ipynb #86e961a7
 def level(
     amap:np.ndarray,             # (H, W) anomaly map
     reference:tuple[float,float] # `Pradot.reference`: median and maximum of the training images' maps
-)->np.ndarray:                   # (H, W) in [0, 1]; 0.5 is the training images' maximum
+)->np.ndarray:                   # (H, W) in [0, 1]; 2/3 is the training images' maximum
     "How high a map stands above normal"
     low, high = reference
-    return np.clip((np.asarray(amap) - low)/(2*max(high - low, np.finfo(np.float32).tiny)), 0, 1)
+    return np.clip((np.asarray(amap) - low)/(1.5*max(high - low, np.finfo(np.float32).tiny)), 0, 1)
 
 def overlay(
     image:Image.Image,           # RGB
@@ -29,9 +29,9 @@ def overlay(
 )->Image.Image:                  # RGB
     "The image with its anomaly map laid over it: more opaque and brighter where it is more anomalous"
     t = level(amap, reference)[..., None]                                        # (H, W, 1)
-    colour = matplotlib.colormaps['inferno'](0.25 + 0.75*t[..., 0])[..., :3]*255 # (H, W, 3)
-    grey = np.asarray(image.convert('L'), float)[..., None]*0.75 + 40
-    opaque = np.clip(1.6*(t - 0.15), 0, 0.85)
+    colour = matplotlib.colormaps['inferno'](0.3 + 0.7*t[..., 0])[..., :3]*255 # (H, W, 3)
+    grey = np.asarray(image.convert('L'), float)[..., None]*0.6 + 30
+    opaque = np.clip(2*(t - 0.3), 0, 0.9)
     return Image.fromarray(((1 - opaque)*grey + opaque*colour).round().astype(np.uint8))
 
 # %% ../nbs/09_figures.ipynb #291b2843

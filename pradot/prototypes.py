@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['barycentre', 'step', 'shuffles', 'Learnt', 'learn', 'nearest']
 
-# %% ../nbs/05_prototypes.ipynb #2877432a
-import warnings
+# %% ../nbs/05_prototypes.ipynb #9b129f15
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .cost import check_alpha, normalised_cost, structural, unit
 from .data import InputError
