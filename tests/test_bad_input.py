@@ -564,7 +564,7 @@ def test_the_program_fails_with_one_sentence(tmp_path):
 def test_the_program_is_interrupted(model, tmp_path):
     fifo = tmp_path/'slow.png'                                       # an image that never comes
     os.mkfifo(fifo)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler) # else SIGINT is ignored in a job in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) # it is ignored in the background
     try: p = program(*predict(model, fifo), cwd=tmp_path)
     finally: signal.signal(signal.SIGINT, before)
     with p:
