@@ -6,8 +6,8 @@
 __all__ = ['BACKBONES', 'SMALL', 'MEAN', 'STD', 'SmallResNet', 'read_weights', 'Backbone', 'as_image', 'to_tensor', 'pick_device',
            'memory_advice', 'batches', 'extract']
 
-# %% ../nbs/02_features.ipynb #dbcd9a4b
-import sys
+# %% ../nbs/02_features.ipynb #2c136631
+import io, sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
@@ -61,7 +61,7 @@ def _network(name, seed):
         if name == 'small': return SmallResNet(), 3
         return torchvision.models.get_model(name, weights=None), 4
 
-# %% ../nbs/02_features.ipynb #ef9ceac7
+# %% ../nbs/02_features.ipynb #351d0ec2
 def _first_line(e): return (str(e).splitlines() or [type(e).__name__])[0][:120]
 
 def _imagenet(name):
@@ -69,7 +69,7 @@ def _imagenet(name):
     w = list(torchvision.models.get_model_weights(name))[0]
     place = Path(torch.hub.get_dir())/'checkpoints'/Path(w.url).name
     try:
-        with redirect_stdout(sys.stderr): return w.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+        with redirect_stdout(io.StringIO()): return w.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
     except Exception as e: # whatever it is, the way out is the same
         why = f'{place} is damaged, delete it' if place.exists() else f'they cannot be had from {w.url}'
         raise InputError(f'no ImageNet weights of {name}: {why} ({_first_line(e)}); put the file from {w.url} at {place}, '

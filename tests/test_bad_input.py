@@ -341,7 +341,6 @@ def test_imagenet_weights_that_cannot_be_downloaded(offline):
               '--weights PATH', '--weights random', '--backbone small'): assert str(s) in str(e.value)
     assert '\n' not in str(e.value) and list(offline.iterdir()) == []
 
-@pytest.mark.xfail(strict=True, reason='what torch.hub says, "Downloading: …", goes to stderr beside the sentence')
 def test_a_failed_download_says_nothing_else(refused, ad, offline):
     refused(fit(ad.parent, '--backbone', 'resnet18'), 'no route to host', '--weights random')
 

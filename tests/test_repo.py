@@ -57,7 +57,8 @@ def nbdev(command, cwd):
 def differing(root, copy, pattern, tracked):
     "Files matching `pattern` that differ between checkout and copy, or stand in one only"
     new = {p.relative_to(copy).as_posix() for p in copy.glob(pattern)}
-    old = {f for f in tracked if Path(f).match(pattern.replace('**/', '')) and f.startswith(pattern.split('/')[0])}
+    top, ending = pattern.split('/')[0], Path(pattern).suffix
+    old = {f for f in tracked if f.startswith(f'{top}/') and f.endswith(ending)}
     return sorted(new ^ old) + sorted(f for f in new & old if (copy/f).read_bytes() != (root/f).read_bytes())
 
 def test_notebooks_ran():
