@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 class InputError(ValueError):
     "What was given cannot be used; the message is one sentence that says what, where, and what to do"
 
-# %% ../nbs/00_data.ipynb #65c3f3f9
+# %% ../nbs/00_data.ipynb #8dcc05e8
 _FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO
 
 def _unwritable(path, e): return InputError(f'{path} cannot be written ({e.strerror or e}); choose another place or make room there')
@@ -35,10 +35,13 @@ def replacing(
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir(): raise IsADirectoryError(errno.EISDIR, 'it is a folder')
         tmp.touch(exist_ok=False)
+        mode = tmp.stat().st_mode
     except OSError as e: raise _unwritable(path, e) from None
     try:
         yield tmp
-        try: os.replace(tmp, path)
+        try:
+            tmp.chmod(mode)         # what a new file gets here; some writers leave files to their owner alone
+            os.replace(tmp, path)
         except OSError as e: raise _unwritable(path, e) from None
     except OSError as e:
         if e.errno in _FULL: raise _unwritable(path, e) from None
