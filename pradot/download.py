@@ -136,7 +136,7 @@ def sha256(
         while block := f.read(2**20): h.update(block); bar.update(len(block))
     return h.hexdigest()
 
-# %% ../nbs/00a_download.ipynb #d1409d29
+# %% ../nbs/00a_download.ipynb #c439c351
 def _not(archive, why): raise InputError(f'{archive} {why}; it is not unpacked')
 
 class _Bounded:
@@ -169,6 +169,12 @@ def _vet(m, archive, most):
     if not 0 <= m.size <= most: no(f'which claims {m.size} bytes')
     return path.parts
 
+def _put(tar, m, to):
+    "One vetted member, a plain file or a folder, at `to`"
+    (to if m.isdir() else to.parent).mkdir(parents=True, exist_ok=True)
+    if m.isdir(): return
+    with tar.extractfile(m) as f, open(to, 'wb') as out: shutil.copyfileobj(f, out, 1 << 20)
+
 def extract(
     archive:str|Path,    # A .tar.xz
     into:str|Path,       # An empty folder
@@ -176,15 +182,13 @@ def extract(
     skip:set[str]=frozenset() # Names at the top of the archive to leave out
 ):
     "Unpack plain files and folders; anything else in the archive raises `InputError`, and so does a damaged archive"
-    if not hasattr(tarfile, 'data_filter'):
-        raise InputError('this Python unpacks archives unsafely; update it to 3.10.12, 3.11.4 or later')
     try:
         with (open(archive, 'rb') as raw, lzma.open(raw) as xz, _bar(os.path.getsize(archive), 'unpack') as bar,
               tarfile.open(fileobj=_Bounded(xz, most, archive), mode='r:') as tar):
             for n, m in enumerate(tar):
                 if n == 100_000: _not(archive, f'holds more than {n} files, which is absurd for it')
-                top = _vet(m, archive, most)[:1]
-                if top and top[0] not in skip: tar.extract(m, into, filter='data')
+                parts = _vet(m, archive, most)
+                if parts and parts[0] not in skip: _put(tar, m, Path(into, *parts))
                 bar.update(raw.tell() - bar.n)
     except InputError: raise
     except (tarfile.TarError, lzma.LZMAError, EOFError, ValueError, OverflowError) as e:
