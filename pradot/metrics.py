@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'HEADLINE', 'as_array', 'sweep', 'image_auroc', 'average_precision', 'f1_max', 'saturation', 'channel',
            'regions', 'pixel_auroc', 'Figures', 'Result', 'Evaluation', 'evaluate_maps']
 
-# %% ../nbs/07_metrics.ipynb #a435bd11
+# %% ../nbs/07_metrics.ipynb #1699fa77
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from scipy import ndimage
 from tqdm import tqdm
-from .data import InputError
+from .data import Defect, InputError, defect_of
 
 # %% ../nbs/07_metrics.ipynb #dd31a3f5
 def as_array(x):
@@ -85,21 +85,15 @@ def saturation(area, # marked pixels of the defect, at least 1
         raise InputError(f'the saturation threshold is {threshold}; it must be above 0, and at most 1 if relative')
     return max(1, int(threshold*area if relative else min(threshold, area)))
 
-# %% ../nbs/07_metrics.ipynb #ad2f692c
+# %% ../nbs/07_metrics.ipynb #36f5ed8c
 def channel(mask, # (H, W) as stored: 0 and one positive value
             defects, # entries of defects_config.json: `pradot.data.Defect`s, or the file's own dicts
             where='the mask'): # the mask's name, for messages
     "A stored mask as (boolean channel (H, W), saturation area); unknown or several values are an `InputError`."
+    keys = 'defect_name', 'pixel_value', 'saturation_threshold', 'relative_saturation'
     mask = as_array(mask)
-    values = np.unique(mask[mask > 0]).tolist()
-    if not values: raise InputError(f'{where} marks no pixel; a defect needs at least one')
-    if len(values) > 1: raise InputError(f'{where} holds the values {values}; one mask is one defect: 0 and one value')
-    keys = 'pixel_value', 'saturation_threshold', 'relative_saturation'
-    rows = [[d[k] for k in keys] if isinstance(d, dict) else [d.value, d.threshold, d.relative] for d in defects]
-    known = {v: (t, rel) for v,t,rel in rows}
-    if values[0] not in known: raise InputError(
-        f'{where} holds the value {values[0]}, which defects_config.json does not list (it has {sorted(known)})')
-    return mask > 0, saturation((mask > 0).sum(), *known[values[0]])
+    d = defect_of(mask, [Defect(*(d[k] for k in keys)) if isinstance(d, dict) else d for d in defects], where)
+    return mask > 0, saturation((mask > 0).sum(), d.threshold, d.relative)
 
 # %% ../nbs/07_metrics.ipynb #3a586c2e
 def regions(mask): # (H, W), 0 for normal pixels
@@ -153,7 +147,7 @@ def _ranked(bags): # a list of lists of what `_packed` returns
     values = np.unique(np.concatenate([p for b in wide for p in b]))
     return [[_pages(np.searchsorted(values, p).astype(np.uint32)) for p in b] for b in wide]
 
-# %% ../nbs/07_metrics.ipynb #a12545f7
+# %% ../nbs/07_metrics.ipynb #06b71bc5
 class _Bag:
     "Many `_Pages` together, to be counted page by page"
     def __init__(self, packs, # list of `_Pages`
@@ -172,15 +166,29 @@ class _Bag:
         i, j = self._span(page)
         return int((self.b[i:j]-self.a[i:j]).sum())
 
-    def counts(self, page, batch=1<<20):
-        "(65536,) how often, or with how much weight, each lower half occurs in a page; 0 if the page is empty."
+    def _batches(self, page, batch=1<<20):
+        "A page's lower halves, about `batch` at a time: from which packs, how many of each, and the values"
         i, j = self._span(page)
-        n, out = self.b[i:j]-self.a[i:j], 0
+        n = self.b[i:j]-self.a[i:j]
         for r in np.split(np.arange(i, j), np.flatnonzero(np.diff(n.cumsum() // batch))+1):
             if not len(r): continue
             low = np.concatenate([self.packs[c].low[a:b] for c,a,b in zip(self.which[r], self.a[r], self.b[r])])
-            w = None if self.weights is None else np.repeat(self.weights[self.which[r]], self.b[r]-self.a[r])
-            out = out + np.bincount(low, w, 65536)
+            yield self.which[r], self.b[r]-self.a[r], low
+
+    def counts(self, page):
+        "(65536,) how often, or with how much weight, each lower half occurs in a page; 0 if the page is empty."
+        out = 0
+        for which, n, low in self._batches(page):
+            out = out + np.bincount(low, None if self.weights is None else np.repeat(self.weights[which], n), 65536)
+        return out
+
+    def sums(self, page, tables): # tables: list of (65536,)
+        "(tables, packs): for each pack the sum of its weight times a table's value at each of its scores in a page."
+        out = np.zeros((len(tables), len(self.packs)))
+        for which, n, low in self._batches(page):
+            w = self.weights[which]
+            starts = np.r_[0, n[:-1].cumsum()]
+            for o,t in zip(out, tables): o[which] += w*np.add.reduceat(t[low], starts) # a pack is in a page once
         return out
 
 # %% ../nbs/07_metrics.ipynb #6fde566b
@@ -190,7 +198,7 @@ def _area(x, y, limit): # (n,) nondecreasing, (n,), a number >= x[0]
     if i < len(x): x, y = np.r_[x[:i], limit], np.r_[y[:i], y[i-1] + (y[i]-y[i-1])*(limit-x[i-1])/(x[i]-x[i-1])]
     return float((np.diff(x) * (y[1:]+y[:-1])).sum()/2)
 
-# %% ../nbs/07_metrics.ipynb #6e78d369
+# %% ../nbs/07_metrics.ipynb #c67fcb44
 class _Sweep:
     "One group's curves, followed from the highest score to the lowest"
     def __init__(self, N, # negatives
@@ -203,6 +211,7 @@ class _Sweep:
         self.y = dict.fromkeys(D, 0.)
         self.area = {f: dict.fromkeys(limits, 0.) for f in D}
         self.drawn = {f: [np.zeros((2, 1))] for f in D}
+        self.each = {} # {kind: (limits, R): area / limit of every single region}
 
     @property
     def auroc(self): return self.area2 / (2*self.N*self.P)
@@ -211,6 +220,12 @@ class _Sweep:
         for f in self.D: self._draw(f, np.array([self.fp, self.fp+n]), np.full(2, self.y[f]))
         self.area2 += 2*n*self.tp
         self.fp += n
+
+    def worth(self, n): # (65536,) negatives at each score of the coming page
+        "(limits not yet passed, the area / limit that a rise by 1 at each score adds up to them: as many (65536,))."
+        a, on = self.fp + n.cumsum(), [i for i,l in enumerate(self.limits) if self.fp < l*self.N]
+        limits = [self.limits[i]*self.N for i in on]
+        return on, [(np.clip(l-a+n, 0, n)**2/(2*np.maximum(n, 1)) + np.maximum(l-a, 0))/l for l in limits]
 
     def page(self, n, # (65536,) negatives at each score, from the highest down
              p, # (65536,) positives, not all 0
@@ -245,12 +260,13 @@ class _Sweep:
         xy = np.concatenate([*self.drawn[f], [[1.], [self.y[f]]]], 1)
         return xy[:, np.r_[True, (np.diff(xy) != 0).any(0)]]
 
-# %% ../nbs/07_metrics.ipynb #7442aa53
+# %% ../nbs/07_metrics.ipynb #9cd9418d
 def _walk(neg, # {kind: what `_packed` made of its normal pixels}; 'good' belongs to every group
           pos, # {kind: the same of its anomalous pixels}
           families, # {family: {kind: [(packed scores, weight)], one a region}}
           groups, # {group: its kinds}
-          limits=LIMITS):
+          limits=LIMITS,
+          apart=None): # the family whose regions are measured one by one too
     "One `_Sweep` for each group, through all scores from the highest to the lowest."
     weighted = [[p for p,_ in v] for d in families.values() for v in d.values()]
     lists = iter(_ranked([*neg.values(), *pos.values(), *weighted]))
@@ -259,6 +275,8 @@ def _walk(neg, # {kind: what `_packed` made of its normal pixels}; 'good' belong
     normal = {g: [k for k in neg if k == 'good' or k in ks] for g,ks in groups.items()}
     sweeps = {g: _Sweep(sum(neg[k].size for k in normal[g]), sum(pos[k].size for k in ks),
                         {f: sum(len(d[k]) for k in ks) for f,d in families.items()}, limits) for g,ks in groups.items()}
+    for g,s in sweeps.items():
+        if apart: s.each = {k: np.zeros((len(limits), len(families[apart][k]))) for k in groups[g]}
     if any(s.N == 0 for s in sweeps.values()):
         raise InputError('every pixel is marked as anomalous; false positives need normal pixels, so add good images')
     pages = np.unique(np.concatenate([b.page for b in (*neg.values(), *pos.values())]))
@@ -269,9 +287,13 @@ def _walk(neg, # {kind: what `_packed` made of its normal pixels}; 'good' belong
         w = {f: {k: b.counts(page) for k,b in d.items()} for f,d in fams.items()} if found else {}
         for g,s in sweeps.items():
             ng, pg = sum(n[k] for k in normal[g]), sum(p[k] for k in groups[g])
-            if not np.ndim(pg): s.flat(int(np.sum(ng)))
-            else: s.page(np.zeros(65536, np.int64)+ng, pg,
-                         {f: np.zeros(65536)+sum(d[k] for k in groups[g]) for f,d in w.items()})
+            if not np.ndim(pg):
+                s.flat(int(np.sum(ng)))
+                continue
+            ng = np.zeros(65536, np.int64)+ng
+            on, worth = s.worth(ng) if apart else ([], [])
+            for k,each in s.each.items(): each[on] += fams[apart][k].sums(page, worth)
+            s.page(ng, pg, {f: np.zeros(65536)+sum(d[k] for k in groups[g]) for f,d in w.items()})
     return sweeps
 
 # %% ../nbs/07_metrics.ipynb #4b30f3a0
@@ -315,14 +337,14 @@ def pixel_auroc(maps, # maps (H, W), one an image, sizes may differ; or one arra
     if not any(p.size for p in pos): raise InputError('no pixel is marked as anomalous; the metric needs at least one')
     return _walk(dict(all=neg), dict(all=pos), {}, dict(all=['all']))['all'].auroc
 
-# %% ../nbs/07_metrics.ipynb #c7fc2436
+# %% ../nbs/07_metrics.ipynb #e075192b
 @dataclass(frozen=True)
 class Figures:
     "What was measured on one group of images; every figure lies in [0, 1]"
     images: int # good ones included
     anomalous: int # images
     regions: int # connected pieces of the masks
-    defects: int # channels
+    channels: int # masks, one a defect
     image_auroc: float
     image_ap: float
     image_f1: float
@@ -333,11 +355,14 @@ class Figures:
     au_spro: dict|None # the same
     pro_curve: np.ndarray # (2, n): pooled FPR, mean overlap of the regions
     spro_curve: np.ndarray|None # (2, n): pooled FPR, mean saturated overlap of the defects
+    defects: dict|None=None # {name: dict(defects, its channels; images; image_auroc; au_spro, by limit)}
 
     def as_dict(self):
-        "Everything but the curves, ready for JSON; `au_pro` and `au_spro` by limit as text."
+        "Everything but the curves, ready for JSON; limits as text, nothing where there is nothing."
         d = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.endswith('curve')}
-        return {k: {str(l): a for l,a in v.items()} if isinstance(v, dict) else v for k,v in d.items() if v is not None}
+        return _as_text({k: v for k,v in d.items() if v is not None})
+
+def _as_text(d): return {str(k): _as_text(v) if isinstance(v, dict) else v for k,v in d.items()}
 
 # %% ../nbs/07_metrics.ipynb #363302aa
 HEADLINE = dict(au_pro=0.3, au_spro=0.05)
@@ -347,7 +372,7 @@ def _mean(rows):
     return {k: _mean([r[k] for r in rows]) if isinstance(v, dict) else sum(r[k] for r in rows)/len(rows)
             for k,v in rows[0].items() if isinstance(v, (float, dict))}
 
-# %% ../nbs/07_metrics.ipynb #f263a3fb
+# %% ../nbs/07_metrics.ipynb #4e4aa2ca
 @dataclass(frozen=True)
 class Result:
     "Figures of a category: each anomaly type apart with all good images, and all pooled"
@@ -355,14 +380,17 @@ class Result:
     pooled: Figures
 
     @property
-    def mean(self): return _mean([f.as_dict() for f in self.kinds.values()])
+    def mean(self):
+        "Of the kinds, as in `as_dict`; no counts, and no `defects`, as kinds have different ones"
+        rows = [f.as_dict() for f in self.kinds.values()]
+        return _mean([{k: v for k,v in r.items() if k != 'defects'} for r in rows])
 
     @property
     def category(self): return self.mean if self.pooled.au_spro else self.pooled.as_dict()
 
     def as_dict(self):
-        """Ready for JSON. On top one number of the category for each metric (`au_pro` at 0.3, `au_spro` at 0.05,
-        for LOCO `au_spro_logical`, `au_spro_structural`); below them `limits`, `kinds`, `mean` and `pooled` hold all."""
+        """Ready for JSON. On top one number of the category for each metric (`au_pro` at 0.3, `au_spro` at 0.05, for
+        LOCO `au_spro_logical`, `au_spro_structural`); below them `limits`, `kinds`, `mean` and `pooled` hold all."""
         top = self.category
         limits = {k: top[k] for k in HEADLINE if k in top}
         heads = {k: v[str(HEADLINE[k])] for k,v in limits.items() if str(HEADLINE[k]) in v}
@@ -372,21 +400,22 @@ class Result:
         return {k: v for k,v in top.items() if isinstance(v, float)} | heads | dict(limits=limits,
             kinds={k: f.as_dict() for k,f in self.kinds.items()}, mean=self.mean, pooled=self.pooled.as_dict())
 
-# %% ../nbs/07_metrics.ipynb #9e97e95a
+# %% ../nbs/07_metrics.ipynb #b20f269e
 class Evaluation:
     "Maps and masks in, one image at a time, in any order; `compute` measures. Keeps two bytes a float32 pixel."
     def __init__(self, limits=LIMITS): # of the FPR, in (0, 1]
         if not limits or not all(0 < l <= 1 for l in limits):
             raise InputError(f'the limits of the FPR are {list(limits)}; each must be above 0 and at most 1')
-        self.limits, self.rows, self.saturated = tuple(float(l) for l in limits), [], None
-        self.neg, self.pos, self.pro, self.spro, self.defects = {}, {}, {}, {}, {}
+        self.limits, self.rows, self.given = tuple(float(l) for l in limits), [], {}
+        self.neg, self.pos, self.pro, self.spro, self.channels = {}, {}, {}, {}, {}
 
     def update(self,
                map, # (H, W) anomaly map, numpy or torch
                channels=(), # a mask for each defect: (C, H, W), a list of (H, W), or one (H, W); none if good
                saturations=None, # C areas in 1..area (see `saturation`), for all anomalous images or for none
                kind=None, # 'good' or the anomaly type; without it 'good' or 'anomaly' by the mask
-               score=None): # the image's score; without it the map's maximum
+               score=None, # the image's score; without it the map's maximum
+               names=None): # C names of defects, for all anomalous images or for none
         "Count one image in; returns the evaluation. Nothing is counted when an `InputError` is raised."
         i = len(self.rows)
         x = _map(map, i)
@@ -402,28 +431,42 @@ class Evaluation:
             raise InputError(f'map {i}, mask {marked.index(False)}: it marks no pixel; a defect needs at least one')
         score = float(x.max() if score is None else score)
         if not np.isfinite(score): raise InputError(f'image {i} has the score {score}; it must be a finite number')
-        if len(ch): self._anomalous(kind, x, ch, self._areas(saturations, ch, i))
+        if len(ch):
+            s, names = self._areas(saturations, ch, i), self._names(names, ch, i)
+            self.given = {'saturation areas': s is not None, 'names': names is not None}
+            self._anomalous(kind, x, ch, s, names)
         self.neg.setdefault(kind, []).append(_packed(x[~ch.any(0)]))
         self.rows.append((kind, score))
         return self
 
+    def _alike(self, what, x, ch, i):
+        "Refuse what is given for some anomalous images only, or not for each mask."
+        if self.given.get(what) not in (None, x is not None):
+            raise InputError(f'map {i} comes {"without" if x is None else "with"} {what}, unlike those '
+                             'before it; give them for all anomalous images or for none')
+        if x is not None and len(x) != len(ch):
+            raise InputError(f'map {i} has {len(ch)} masks but {len(x)} {what}; give one for each mask')
+
     def _areas(self, s, ch, i):
         "Saturation areas as integers, or None where there are none."
-        if self.saturated not in (None, s is not None):
-            raise InputError(f'map {i} comes {"without" if s is None else "with"} saturation areas, unlike those '
-                             'before it; give them for all anomalous images or for none')
-        if s is not None:
-            s, area = np.ravel(as_array(s)), ch.sum((1, 2))
-            if len(s) != len(ch):
-                raise InputError(f'map {i} has {len(ch)} masks but {len(s)} saturation areas; give one for each mask')
-            for j,(a,n) in enumerate(zip(s, area)):
-                if not 1 <= a <= n or a != int(a): raise InputError(
-                    f'map {i}, mask {j}: the saturation area is {a}; it must be a whole number from 1 to the area, {n}')
-            s = s.astype(int)
-        self.saturated = s is not None
-        return s
+        s = None if s is None else np.ravel(as_array(s))
+        self._alike('saturation areas', s, ch, i)
+        if s is None: return
+        for j,(a,n) in enumerate(zip(s, ch.sum((1, 2)))):
+            if not 1 <= a <= n or a != int(a): raise InputError(
+                f'map {i}, mask {j}: the saturation area is {a}; it must be a whole number from 1 to the area, {n}')
+        return s.astype(int)
 
-    def _anomalous(self, kind, x, ch, s):
+    def _names(self, names, ch, i):
+        "Names as a list of text, or None where there are none."
+        names = None if names is None else [names] if isinstance(names, str) else list(names)
+        self._alike('names', names, ch, i)
+        for j,n in enumerate(names or ()):
+            if not isinstance(n, str) or not n:
+                raise InputError(f'map {i}, mask {j}: the name of the defect is {n!r}; it must be text')
+        return names
+
+    def _anomalous(self, kind, x, ch, s, names):
         def add(d, items): d.setdefault(kind, []).extend(items)
         union = ch.any(0)
         v = x[union]
@@ -432,7 +475,7 @@ class Evaluation:
         add(self.pos, [_packed(v)])
         add(self.pro, [(_packed(p), 1/len(p)) for p in pieces])
         if s is not None: add(self.spro, [(_packed(np.partition(x[c], -a)[-a:]), 1/a) for c,a in zip(ch, s)])
-        self.defects[kind] = self.defects.get(kind, 0) + len(ch)
+        add(self.channels, [(len(self.rows), n) for n in names or [None]*len(ch)]) # the image's row, the name
 
     def compute(self): # -> Result
         "The `Result` of all images so far; more may follow. `InputError` without anomalous or without good images."
@@ -441,8 +484,9 @@ class Evaluation:
         if not any(k == 'good' for k,_ in self.rows):
             raise InputError('no image is good; image AU-ROC compares good with anomalous images, so add good ones')
         groups = {(k,): [k] for k in kinds} | {tuple(kinds): kinds}
-        families = dict(pro=self.pro) | (dict(spro=self.spro) if self.saturated else {})
-        sweeps = _walk(self.neg, self.pos, families, groups, self.limits)
+        families = dict(pro=self.pro) | (dict(spro=self.spro) if self.spro else {})
+        sweeps = _walk(self.neg, self.pos, families, groups, self.limits,
+                       'spro' if self.spro and self.given['names'] else None)
         figures = {g: self._figures(g, s) for g,s in sweeps.items()}
         return Result({k: figures[k,] for k in kinds}, figures[tuple(kinds)])
 
@@ -450,23 +494,39 @@ class Evaluation:
         rows = [(k != 'good', x) for k,x in self.rows if k == 'good' or k in kinds]
         image = sweep([x for _,x in rows], [y for y,_ in rows], 'image score')
         au = {f: {l: min(a, 1.) for l,a in s.area[f].items()} for f in s.D}
-        return Figures(len(rows), sum(y for y,_ in rows), s.D['pro'], sum(self.defects[k] for k in kinds),
+        return Figures(len(rows), sum(y for y,_ in rows), s.D['pro'], sum(len(self.channels[k]) for k in kinds),
                        _auroc(*image), _ap(*image), _f1(*image), s.auroc, min(s.ap, 1.), s.f1,
-                       au['pro'], au.get('spro'), s.curve('pro'), s.curve('spro') if 'spro' in au else None)
+                       au['pro'], au.get('spro'), s.curve('pro'), s.curve('spro') if 'spro' in au else None,
+                       self._defects(kinds, s) if self.given['names'] else None)
 
-# %% ../nbs/07_metrics.ipynb #ec716af8
+    def _defects(self, kinds, s):
+        "{name: its figures} of a group's named channels."
+        rows, names = zip(*[c for k in kinds for c in self.channels[k]])
+        area = np.concatenate([s.each[k] for k in kinds], 1) if s.each else None
+        good, out = [x for k,x in self.rows if k == 'good'], {}
+        for name in sorted(set(names)):
+            mine = [j for j,n in enumerate(names) if n == name]
+            bad = [self.rows[i][1] for i in sorted({rows[j] for j in mine})]
+            out[name] = dict(defects=len(mine), images=len(bad),
+                             image_auroc=image_auroc(good+bad, [0]*len(good) + [1]*len(bad)))
+            if area is None: continue
+            out[name]['au_spro'] = {l: min(float(a), 1.) for l,a in zip(self.limits, area[:, mine].mean(1))}
+        return out
+
+# %% ../nbs/07_metrics.ipynb #e23bb54a
 def evaluate_maps(maps, # maps (H, W), one an image, sizes may differ; a list, an array (N, H, W), or a generator
                   masks, # for each map its masks, (H, W), or (C, H, W) with one a defect; all 0 if good
                   saturations=None, # for each map its C saturation areas, () if good; without it no AU-sPRO
                   kinds=None, # for each map 'good' or its anomaly type; without it 'good' and 'anomaly' by the masks
                   scores=None, # for each map the image's score; without it the map's maximum
-                  limits=LIMITS): # of the FPR, in (0, 1]
+                  limits=LIMITS, # of the FPR, in (0, 1]
+                  names=None): # for each map the C names of its defects, () if good; without it no `defects`
     "The `Result` of all maps; each is used once and not kept. `InputError` names the map that cannot be used."
-    streams = dict(map=maps, mask=masks, saturation=saturations, kind=kinds, score=scores)
+    streams = dict(map=maps, mask=masks, saturation=saturations, kind=kinds, score=scores, name=names)
     streams = {k: v for k,v in streams.items() if v is not None}
     e = Evaluation(limits)
     n = len(maps) if hasattr(maps, '__len__') else None
     for row in tqdm(_together(**streams), 'measuring', n, disable=None):
         r = dict(zip(streams, row))
-        e.update(r['map'], r['mask'], r.get('saturation'), r.get('kind'), r.get('score'))
+        e.update(r['map'], r['mask'], r.get('saturation'), r.get('kind'), r.get('score'), r.get('name'))
     return e.compute()

@@ -46,6 +46,17 @@ def brute(images, limits=LIMITS):
     for f,rs in dict(au_pro=pro, au_spro=spro).items(): out |= {(f, l): area(fpr, curve(rs), l) for l in limits}
     return out
 
+def brute_of_name(images, name, limits):
+    "images: (map, channels, saturations, kind, names). AU-sPRO by limit of the channels with that name alone."
+    maps = [np.asarray(m, np.float64) for m,*_ in images]
+    neg = np.concatenate([m[~c.any(0)] for m,(_,c,*_) in zip(maps, images)])
+    rs = [(m[c], s) for m,(_,cs,ss,_,ns) in zip(maps, images) for c,s,n in zip(cs, ss, ns) if n == name]
+    scores = sorted({*np.concatenate([m.ravel() for m in maps])}, reverse=True)
+    ts = [*scores, scores[-1]-1]
+    fpr = [(neg > t).sum()/len(neg) for t in ts]
+    curve = [np.mean([min((v > t).sum()/s, 1) for v,s in rs]) for t in ts]
+    return {l: area(fpr, curve, l) for l in limits}
+
 def numbers(f):
     out = {k: getattr(f, k) for k in ('pixel_auroc', 'pixel_ap', 'pixel_f1')}
     return out | {(k, l): v for k in ('au_pro', 'au_spro') for l,v in (getattr(f, k) or {}).items()}
@@ -92,6 +103,42 @@ def test_equals_the_loop_over_every_threshold(images):
         for c,au in ((f.spro_curve, f.au_spro), (f.pro_curve, f.au_pro)): # the drawn curve is the measured one
             assert (c[:, 0] == 0).all() and abs(c[:, -1]-1).max() <= TOL and (np.diff(c) >= 0).all()
             assert max(abs(area(*c, l)-v) for l,v in au.items()) <= TOL
+
+
+@st.composite
+def named(draw):
+    "Such images, and for each the names of its channels: few that recur, or one for each channel"
+    images = draw(categories())
+    recur = draw(st.booleans())
+    return images, [[draw(st.sampled_from('abc')) if recur else f'{i} {j}' for j in range(len(c))]
+                    for i,(_,c,_,_) in enumerate(images)]
+
+def names_evaluated(images, names, limits=LIMITS):
+    e = Evaluation(limits)
+    for (m,c,s,k),ns in zip(images, names): e.update(m, c, s, k, names=ns)
+    return e.compute()
+
+@many
+@given(named(), st.sampled_from([LIMITS, (.123,), (.02, .999)]))
+def test_named_defects_equal_the_loop_over_every_threshold(case, limits):
+    images, names = case
+    r = names_evaluated(images, names, limits)
+    plain = evaluated(images, limits)
+    for kind,f,p in [*((k, r.kinds[k], plain.kinds[k]) for k in r.kinds), (None, r.pooled, plain.pooled)]:
+        group = [(i, ns) for i,ns in zip(images, names) if kind is None or i[3] in ('good', kind)]
+        assert {n for _,ns in group for n in ns} == set(f.defects)
+        assert sum(d['defects'] for d in f.defects.values()) == f.channels
+        for name,d in f.defects.items():
+            ref = brute_of_name([(*i, ns) for i,ns in group], name, limits)
+            assert max(abs(d['au_spro'][l]-ref[l]) for l in limits) <= TOL
+            assert all(0 <= v <= 1 for v in d['au_spro'].values())
+            those = [i for i,ns in group if i[3] == 'good' or name in ns]
+            assert d['images'] == sum(i[3] != 'good' for i in those)
+            assert d['image_auroc'] == image_auroc([i[0].max() for i in those], [i[3] != 'good' for i in those])
+        for l in limits:                                              # AU-sPRO is linear in the channels
+            mean = sum(d['defects']*d['au_spro'][l] for d in f.defects.values())/f.channels
+            assert abs(mean-f.au_spro[l]) <= TOL
+        assert numbers(f) == numbers(p) and p.defects is None         # names change nothing else
 
 
 def teardown_module(): print(f'\nlargest difference from the loop over every threshold: {worst:.1e}')
@@ -178,6 +225,22 @@ def test_one_page_holds_more_than_a_batch():
     assert abs(pixel_auroc(x, y)-roc_auc_score(y.ravel(), x.ravel())) <= TOL
 
 
+def test_named_defects_of_more_than_a_batch():
+    "Two overlapping defects of 1.2 million pixels each in one page, many ties"
+    rng = np.random.default_rng(2)
+    x = np.float32(1) + rng.integers(0, 50, (2, 1500, 1000)).astype(np.float32)*np.float32(2**-20)
+    c = np.zeros((2, 1500, 1000), bool); c[0, :1200] = c[1, 200:1400] = True
+    x[0, 700:] += np.float32(2**-17)
+    s = [900_000, 1_200_000]
+    f = Evaluation().update(x[0], c, s, names=['a', 'b']).update(x[1]).compute().pooled
+    for l in LIMITS: assert abs(sum(d['au_spro'][l] for d in f.defects.values())/2-f.au_spro[l]) <= TOL
+    neg, v = np.concatenate([x[0][~c.any(0)], x[1].ravel()]), np.sort(x[0][c[1]])[::-1]
+    ts = np.unique(x)[::-1]
+    ts = [*ts, ts[-1]-1]
+    curve = [min((v > t).sum()/s[1], 1) for t in ts]
+    assert abs(area([(neg > t).mean() for t in ts], curve, .05)-f.defects['b']['au_spro'][.05]) <= TOL
+
+
 # by hand
 
 def one(m, c, s, good=((0.,),), limits=(1.,)):
@@ -218,7 +281,7 @@ def test_ties_at_the_saturation_do_not_matter():
 def test_overlapping_channels_count_twice_and_the_pixel_once():
     "Both channels share the found pixel; the second has another, found last"
     f = one([[9., 1., -1.]], [[[1, 0, 0]], [[1, 0, 1]]], [1, 2])
-    assert f.defects == 2 and f.regions == 2
+    assert f.channels == 2 and f.regions == 2
     assert abs(f.au_spro[1.] - .75) <= TOL and f.pixel_auroc == .5
 
 def test_pieces_that_touch_at_a_corner_are_one_region():
@@ -237,6 +300,28 @@ def test_good_images_count_for_every_kind_and_other_kinds_for_none():
     assert (logical.image_auroc, structural.image_auroc) == (1, 1)
     d = json.loads(json.dumps(r.as_dict()))
     assert d['image_auroc'] == 1 and d['pixel_auroc'] == .5 and set(d['kinds']) == set(r.kinds)
+
+def test_names_by_kind_and_pooled():
+    "The same name in two kinds: apart in each, together in the pool; an image with two names counts for both"
+    e = Evaluation((.5, 1.))
+    e.update([[3., 0., 0.]], [[[1, 0, 0]], [[1, 1, 0]]], [1, 1], 'logical_anomalies', names=['gone', 'swapped'])
+    e.update([[1., 9.]], [[1, 0]], [1], 'structural_anomalies', names='gone').update([[2., 2.]])
+    r = e.compute()
+    logical, structural = (r.kinds[f'{k}_anomalies'].defects for k in ('logical', 'structural'))
+    assert logical['gone'] == logical['swapped'] == dict(defects=1, images=1, image_auroc=1., au_spro={.5: 1., 1.: 1.})
+    assert structural == {'gone': dict(defects=1, images=1, image_auroc=1., au_spro={.5: 0., 1.: 0.})}
+    gone = r.pooled.defects['gone']                                   # negatives: 9, 2, 2 and the 0 of the first image
+    assert (gone['defects'], gone['images'], gone['image_auroc']) == (2, 2, 1)
+    assert gone['au_spro'] == {.5: (.5 + 0)/2, 1.: (.75 + .25)/2}
+    d = json.loads(json.dumps(r.as_dict()))
+    assert d['pooled']['defects']['gone']['au_spro'] == {'0.5': .25, '1.0': .5}
+    assert d['kinds']['structural_anomalies']['defects']['gone']['image_auroc'] == 1
+    assert 'defects' not in d['mean'] and 'defects' not in d
+
+def test_names_without_saturations_have_no_areas():
+    e = Evaluation((.5, 1.)).update([[3., 0.]], [[1, 0]], names=('scratch',)).update([[4.]]).compute()
+    assert e.pooled.defects == {'scratch': dict(defects=1, images=1, image_auroc=0.)}
+    assert 'defects' not in Evaluation().update([[3., 0.]], [[1, 0]]).update([[4.]]).compute().as_dict()['pooled']
 
 def test_headline_numbers():
     rng = np.random.default_rng(3)
@@ -327,6 +412,12 @@ OK, Y, N = [[1., 0.]], [[1, 0]], [[0, 0]]
     ([OK, OK], [Y, N], dict(saturations=[[0], []]), 'the saturation area is 0'),
     ([OK, OK], [Y, N], dict(saturations=[[.5], []]), 'whole number'),
     ([OK, OK, OK], [Y, Y, N], dict(saturations=[[1], None, None]), 'map 1 comes without saturation areas'),
+    ([OK, OK], [Y, N], dict(names=[['a', 'b'], []]), '1 masks but 2 names'),
+    ([OK, OK], [Y, N], dict(names=[[7], []]), 'map 0, mask 0: the name of the defect is 7'),
+    ([OK, OK], [Y, N], dict(names=[[''], []]), "the name of the defect is ''"),
+    ([OK, OK], [Y, N], dict(names=[['a']]), 'only 1 names'),
+    ([OK, OK, OK], [Y, Y, N], dict(names=[['a'], None, None]), 'map 1 comes without names'),
+    ([OK, OK, OK], [Y, Y, N], dict(names=[None, ['a'], None]), 'map 1 comes with names'),
     ([OK, OK], [Y, N], dict(scores=[float('nan'), 0]), 'image 0 has the score nan'),
     ([OK, OK], [Y, N], dict(limits=(0., 1)), 'above 0 and at most 1'),
     ([OK, OK], [Y, N], dict(limits=()), 'above 0 and at most 1'),
@@ -349,3 +440,10 @@ def test_a_refused_image_is_not_counted():
     for bad in (([[2., float('nan')]],), ([[2., 1.]], [[1, 0]]), ([[2., 1.]], [[1, 0]], [7]), ([[2., 1.]], [[1]], [1])):
         with pytest.raises(InputError): e.update(*bad)
     assert e.compute().as_dict() == before
+
+def test_what_a_refused_image_came_with_binds_no_other():
+    e = Evaluation()
+    with pytest.raises(InputError): e.update([[2., 1.]], [[1, 0]], [1], names=['a', 'b'])
+    with pytest.raises(InputError): e.update([[2., 1.]], [[1, 0]], [7], names=['a'])
+    r = e.update([[2., 1.]], [[1, 0]]).update([[.5]]).compute()
+    assert r.pooled.au_spro is None and r.pooled.defects is None
