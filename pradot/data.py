@@ -440,7 +440,7 @@ def _faults(r, rule=None):
     if r.anomalous and not r.masks: out.append(f'{r.path} is anomalous but has no mask; add one or remove the image')
     return out
 
-# %% ../nbs/00_data.ipynb #54b6e1b2
+# %% ../nbs/00_data.ipynb #00963730
 def _rule(here):
     "The rule for the values of a LOCO category's masks, a function of (mask, path), and what is wrong with its config"
     try: defects = read_defects(here/'defects_config.json')
@@ -484,7 +484,7 @@ def check(
             jobs += [(len(rows) - 1, r, rule) for r in rs]
     with ThreadPool(os.cpu_count()) as pool:
         each = pool.imap(lambda job: _faults(*job[1:]), jobs)
-        for (row, *_), faults in zip(jobs, tqdm(each, total=len(jobs), desc='check', unit='image', disable=None)):
+        for faults, (row, *_) in zip(tqdm(each, total=len(jobs), desc='check', unit='image', disable=None), jobs):
             rows[row]['problems'] += len(faults)
             said += faults
     return pd.DataFrame(rows).astype(dict(published='Int64')), said
