@@ -292,9 +292,9 @@ def read_defects(
         out[d.value] = d
     return tuple(out.values())
 
-# %% ../nbs/00_data.ipynb #9d3f3799
+# %% ../nbs/00_data.ipynb #af1ebabe
 def mask_value(
-    mask:np.ndarray,       # (H, W) as stored: 0 and one positive value
+    mask:np.ndarray,          # (H, W) as stored: 0 and one positive value
     where:str|Path='the mask' # Its name, for messages
 )->int:
     "The value with which a mask marks its defect; raises `InputError` for one that marks nothing or holds several"
@@ -362,13 +362,13 @@ def split(
     rest, held = [r for i, r in enumerate(records) if i not in chosen], [records[i] for i in sorted(chosen)]
     return tuple(rest), tuple(held)
 
-# %% ../nbs/00_data.ipynb #e0cd0e8c
+# %% ../nbs/00_data.ipynb #debf2a42
 @dataclass(frozen=True)
 class Published:
     "How many images each category of a data set has, as published"
-    title:str                          # Its name, for messages
-    parts:tuple[str,...]               # The parts of a category, as in 'test/good'
-    counts:dict[str,tuple[int,...]]    # {category: images in each of `parts`}
+    title:str                       # Its name, for messages
+    parts:tuple[str,...]            # The parts of a category, as in 'test/good'
+    counts:dict[str,tuple[int,...]] # {category: images in each of `parts`}
 
     @property
     def loco(self)->bool:
@@ -407,11 +407,11 @@ def _inventory(here, loco):
     every = [m for d, _, _ in os.walk(truth) for m in _files(Path(d))]
     return found, sorted(m for m in every if m not in used)
 
-# %% ../nbs/00_data.ipynb #0679b8c4
+# %% ../nbs/00_data.ipynb #aed2c141
 def miscounts(
-    here:Path,                   # The folder of a category that is in `published.counts`
-    published:Published,         # Its data set
-    found:dict|None=None         # {part: records} where they are known already
+    here:Path,           # The folder of a category that is in `published.counts`
+    published:Published, # Its data set
+    found:dict|None=None # {part: records} where they are known already
 )->list[str]:
     "A sentence for each part of a category that has not as many images as published"
     found, out = _inventory(here, published.loco)[0] if found is None else found, []
@@ -440,7 +440,7 @@ def _faults(r, rule=None):
     if r.anomalous and not r.masks: out.append(f'{r.path} is anomalous but has no mask; add one or remove the image')
     return out
 
-# %% ../nbs/00_data.ipynb #54b6e1b2
+# %% ../nbs/00_data.ipynb #8cacb7e7
 def _rule(here):
     "The rule for the values of a LOCO category's masks, a function of (mask, path), and what is wrong with its config"
     try: defects = read_defects(here/'defects_config.json')
@@ -461,8 +461,9 @@ def _survey(here, published):
 def check(
     root:str|Path # The folder that holds the categories of MVTec AD, MVTec LOCO or a set in their layout
 )->tuple[pd.DataFrame,list[str]]: # One row a part of a category (problems: of its files); a sentence for each problem
-    """Read every image and mask of a data set and compare their number with what was published.
-    Other categories than the published ones are read too; defects_config.json tells LOCO's layout from MVTec AD's."""
+    """Read every image and mask of a data set; compare the number of images with what was published, masks with
+    their images, and in LOCO's layout the value of each mask with defects_config.json.
+    Other categories than the published ones are read too; that file tells LOCO's layout from MVTec AD's."""
     root = Path(root)
     if not root.is_dir(): raise InputError(f'{root} is not a folder; give the folder that holds the categories')
     known = {c: s for s in PUBLISHED.values() for c in s.counts}
@@ -484,7 +485,7 @@ def check(
             jobs += [(len(rows) - 1, r, rule) for r in rs]
     with ThreadPool(os.cpu_count()) as pool:
         each = pool.imap(lambda job: _faults(*job[1:]), jobs)
-        for (row, *_), faults in zip(jobs, tqdm(each, total=len(jobs), desc='check', unit='image', disable=None)):
+        for faults, (row, *_) in zip(tqdm(each, total=len(jobs), desc='check', unit='image', disable=None), jobs):
             rows[row]['problems'] += len(faults)
             said += faults
     return pd.DataFrame(rows).astype(dict(published='Int64')), said
