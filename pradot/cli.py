@@ -12,8 +12,8 @@ import os
 # %% ../nbs/10_cli.ipynb #751e799e
 os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 
-# %% ../nbs/10_cli.ipynb #8750206b
-import argparse, base64, html, io, json, platform, sys, time, warnings
+# %% ../nbs/10_cli.ipynb #cb43f3c9
+import argparse, base64, html, io, json, platform, shutil, signal, sys, threading, time, warnings
 from dataclasses import fields, replace
 from datetime import date
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from . import __version__
+from .cost import PRODUCTS
 from .data import Category, InputError, Record, check_writable, folder, images, replacing, replacing_files
 from .download import LICENCE, SOURCES, download_command
 from .detector import LIGHT, PRESETS, Config, Pradot
@@ -83,14 +84,14 @@ def _category(args):
         raise InputError(f'--dataset {args.dataset} needs --category NAME, the name of a folder in {args.data}')
     return LOADERS[args.dataset](args.data, args.category)
 
-# %% ../nbs/10_cli.ipynb #4d8445cf
+# %% ../nbs/10_cli.ipynb #5b12396d
 def _settings_words(p):
     "An option for every setting; those not given are the preset's"
     whole, floats = numbers(int, 'a list of whole numbers'), numbers(float, 'a list of numbers')
     yes = argparse.BooleanOptionalAction
     p.add_argument('--preset', choices=PRESETS, default='paper',
-                   help='settings to begin with: those of the paper\'s text, of the authors\' released code (official), or '
-                        'light ones that need no download (default: paper)')
+                   help='settings to begin with: those of the paper\'s text, of the authors\' released code (official), '
+                        'the paper\'s in a fraction of the time (fast), or light ones that need no download (default: paper)')
     g = p.add_argument_group('features')
     def add(name, help, **k): g.add_argument(f'--{name}', help=help, **k)
     add('backbone', f'one of {", ".join(BACKBONES)}', metavar='NAME')
@@ -108,9 +109,12 @@ def _settings_words(p):
     add('eta', 'what the moving average keeps at each step, 0 to 1', type=float)
     add('epochs', 'passes over the images', type=int)
     add('batch-size', 'images a step', type=int)
+    add('products', 'precision of the matrix products of learning', choices=PRODUCTS)
+    add('still', 'end when prototypes move less than this share of their length', type=float, metavar='SHARE')
     add('seed', 'of everything random', type=int)
     g = p.add_argument_group('where the paper\'s text and the released code differ')
-    add('solver', 'Sinkhorn in the kernel domain, or in the log domain as in the released code', choices=SOLVERS)
+    add('solver', 'Sinkhorn by ot.sinkhorn in the kernel domain or (as in the released code) in the log domain, or streaming',
+        choices=SOLVERS)
     add('squared', 'squared distance between places, or the distance itself', action=yes)
     add('corners', 'coordinates from 0 in the first cell to 1 in the last', action=yes)
     add('start', 'how prototypes begin', choices=STARTS)
@@ -125,7 +129,7 @@ def _config(args):
     given = {f.name: v for f in fields(Config) if (v := getattr(args, f.name)) is not None}
     return replace(PRESETS[args.preset], **given)
 
-# %% ../nbs/10_cli.ipynb #0ac76be0
+# %% ../nbs/10_cli.ipynb #a1ba729f
 def parser()->argparse.ArgumentParser:
     "All commands and their words"
     top = _Parser(prog='pradot', epilog='Start with: pradot demo',
@@ -151,8 +155,8 @@ def parser()->argparse.ArgumentParser:
                 'They are saved as a model file. The default settings are the paper\'s.')
     _data_words(p)
     p.add_argument('--out', metavar='MODEL.safetensors', required=True, help='the model file to write')
-    p.add_argument('--cache', metavar='DIR',
-                   help='keep features and prototypes there, for other models and to go on after an interruption')
+    p.add_argument('--cache', metavar='DIR', help='keep features and prototypes there, for other models')
+    p.add_argument('--resume', action='store_true', help='go on with the last finished epoch of a fit that was stopped')
     _settings_words(p)
     p.add_argument('--device', **device)
 
@@ -201,13 +205,17 @@ def parser()->argparse.ArgumentParser:
 
 TABLES = {f'table{i}': i for i in (1, 2, 3, 4)}
 
-# %% ../nbs/10_cli.ipynb #d298631d
+# %% ../nbs/10_cli.ipynb #426aa8ba
 def fit(args):
     "pradot fit"
     check_writable(args.out)
     config, category, start = _config(args), _category(args), time.perf_counter()
-    model = Pradot(config, args.device).fit(category.train, validation=category.validation, cache=args.cache)
+    parts = Path(f'{args.out}.parts')
+    if args.resume and not parts.is_dir(): raise InputError(f'there is nothing to resume in {parts}; leave --resume out')
+    if parts.is_dir() and not args.resume: shutil.rmtree(parts)
+    model = Pradot(config, args.device).fit(category.train, validation=category.validation, cache=args.cache, parts=parts)
     model.save(args.out)
+    shutil.rmtree(parts, ignore_errors=True)
     print(f'{args.out}: {len(category.train)} images of {category.name} learnt in {time.perf_counter() - start:.0f} s, '
           f'{Path(args.out).stat().st_size/1e6:.0f} MB')
 
@@ -361,11 +369,13 @@ def demo(args):
         model.save(tmp/'model.safetensors')
     print(f'\n{table(result).to_string(float_format="%.1f", na_rep="-")}\n\nopen {out/"index.html"} to see the anomaly maps')
 
-# %% ../nbs/10_cli.ipynb #9ca23216
+# %% ../nbs/10_cli.ipynb #16b443d7
 def main(argv:list[str]|None=None)->int:
     "The `pradot` program; returns the exit status"
     args = parser().parse_args(argv)
     def note(message, category, filename, lineno, file=None, line=None): print(f'note: {message}', file=sys.stderr)
+    def stop(*_): raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
     try:
         with warnings.catch_warnings():
             warnings.showwarning = note
@@ -374,8 +384,11 @@ def main(argv:list[str]|None=None)->int:
         return 0
     except InputError as e: print(f'pradot {args.command}: {e}', file=sys.stderr)
     except KeyboardInterrupt:
-        goes_on = args.command in ('download', 'reproduce') or getattr(args, 'cache', None)
-        then = 'the same command goes on from here' if goes_on else 'nothing was written'
+        then = 'nothing was written'
+        if args.command in ('download', 'reproduce'): then = 'the same command goes on from here'
+        if args.command == 'fit': then = 'the same command with --resume goes on after the last finished epoch'
         print(f'pradot {args.command}: stopped; {then}', file=sys.stderr)
         return 130
+    finally:
+        if before is not None: signal.signal(signal.SIGTERM, before)
     return 1
