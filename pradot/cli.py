@@ -9,8 +9,9 @@ __all__ = ['TABLES', 'NAMES', 'numbers', 'pixels', 'at_least_one', 'names', 'par
 # %% ../nbs/10_cli.ipynb #6a5d29bf
 import os
 
-# %% ../nbs/10_cli.ipynb #751e799e
+# %% ../nbs/10_cli.ipynb #8f0407d0
 os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../nbs/10_cli.ipynb #cb43f3c9
 import argparse, base64, html, io, json, platform, shutil, signal, sys, threading, time, warnings
@@ -84,7 +85,7 @@ def _category(args):
         raise InputError(f'--dataset {args.dataset} needs --category NAME, the name of a folder in {args.data}')
     return LOADERS[args.dataset](args.data, args.category)
 
-# %% ../nbs/10_cli.ipynb #5b12396d
+# %% ../nbs/10_cli.ipynb #cb77cda6
 def _settings_words(p):
     "An option for every setting; those not given are the preset's"
     whole, floats = numbers(int, 'a list of whole numbers'), numbers(float, 'a list of numbers')
@@ -109,7 +110,7 @@ def _settings_words(p):
     add('eta', 'what the moving average keeps at each step, 0 to 1', type=float)
     add('epochs', 'passes over the images', type=int)
     add('batch-size', 'images a step', type=int)
-    add('products', 'precision of the matrix products of learning', choices=PRODUCTS)
+    add('products', 'precision of the matrix products', choices=PRODUCTS)
     add('still', 'end when prototypes move less than this share of their length', type=float, metavar='SHARE')
     add('seed', 'of everything random', type=int)
     g = p.add_argument_group('where the paper\'s text and the released code differ')

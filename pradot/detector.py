@@ -25,7 +25,7 @@ from .prototypes import STARTS, learn, nearest, steps
 from .transport import SOLVERS
 from . import __version__
 
-# %% ../nbs/06_detector.ipynb #3325c9d9
+# %% ../nbs/06_detector.ipynb #2590a247
 @dataclass(frozen=True)
 class Config:
     "Every setting of the method; the defaults are the paper's. Raises `InputError` for values that make no sense"
@@ -43,7 +43,7 @@ class Config:
     epochs:int=50                     # Passes over the training images
     batch_size:int=64                 # B: images a step
     seed:int=0                        # Of initial prototypes, batches, images held back, and random weights
-    products:str='float32'            # Precision of the matrix products of learning: 'float32', 'tf32', 'bf16'
+    products:str='float32'            # Precision of the matrix products: 'float32', 'tf32', 'bf16'
     still:float=0.                    # End when prototypes move less than this share of their length a step; 0 never
     # where the authors' released code differs from the text
     solver:str='kernel'               # 'kernel', 'log' or 'stream'; the released code: 'log'
@@ -125,7 +125,7 @@ class Prediction:
     maps:np.ndarray|list[np.ndarray] # (B, H, W) float32, or a list of (H, W) where the images' sizes differ; in [0, 2]
     scores:np.ndarray                # (B,) the largest value of each map
 
-# %% ../nbs/06_detector.ipynb #f31c2e17
+# %% ../nbs/06_detector.ipynb #139ce737
 def _digest(meta, tensors):
     "SHA-256 of all that a model file holds"
     h = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
@@ -252,7 +252,8 @@ class Pradot:
     def _structure(self, z, a): # the structural cost for features (…, H, W, D)
         return structural(*z.shape[1:3], self.config.squared, self.config.corners) if a else None
 
-    def _nearest(self, z, p, a): return nearest(z, p, a, self._structure(z, a), self.config.relative)
+    def _nearest(self, z, p, a):
+        return nearest(z, p, a, self._structure(z, a), self.config.relative, self.config.products)
 
     def _learn(self, Z, V, a, stepped, bar, parts, mark):
         "Prototypes, history and seconds of one stage and α: learnt, gone on with, or read"

@@ -131,7 +131,7 @@ def iterate(
         if i > 1 and wrong.item() <= tol: break
     return u, v, i
 
-# %% ../nbs/04_transport.ipynb #616ffbba
+# %% ../nbs/04_transport.ipynb #30f3cb90
 class Stream(NamedTuple):
     "A solution whose plan is T = u K v, with K where the costs were"
     transport:Transport
@@ -155,7 +155,7 @@ def stream_(
     rows, heat = torch.empty_like(u), torch.empty_like(u)      # row sums of the plan, and of T log K
     for s in chunks(M):
         torch.mv(M[s], v, out=rows[s])
-        torch.mv(torch.xlogy(M[s], M[s]), v, out=heat[s])
+        torch.mv(M[s].log().mul_(M[s]), v, out=heat[s])        # K is never 0
     rows *= u
     if not math.exp(FLOOR)*float(u.sum())*float(v.sum()) < 1e-3: raise _too_small(M, eps)
     error = float((rows - 1/N).abs().sum())

@@ -6,6 +6,7 @@ import pytest
 
 os.environ.setdefault('PRADOT_TEST', '1')      # notebooks and long examples run at reduced scale
 os.environ.setdefault('OMP_NUM_THREADS', '2')  # read by torch when it is first imported
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # threads that wait do not keep others from working
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
 ROOT = Path(__file__).resolve().parents[1]
