@@ -125,7 +125,7 @@ class Prediction:
     maps:np.ndarray|list[np.ndarray] # (B, H, W) float32, or a list of (H, W) where the images' sizes differ; in [0, 2]
     scores:np.ndarray                # (B,) the largest value of each map
 
-# %% ../nbs/06_detector.ipynb #139ce737
+# %% ../nbs/06_detector.ipynb #edc07820
 def _digest(meta, tensors):
     "SHA-256 of all that a model file holds"
     h = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
@@ -149,7 +149,7 @@ def _write_state(path, state):
         except SafetensorError as e: raise InputError(f'{path} cannot be written ({e}); make room there') from None
 
 def _read_state(path, device):
-    "What `_write_state` wrote; None if there is no file"
+    "What `_write_state` wrote; None if there is no file, or only a damaged one, which is removed"
     if not path.exists(): return None
     try:
         with safetensors.safe_open(path, 'pt') as f:
@@ -157,7 +157,9 @@ def _read_state(path, device):
         rest = json.loads(meta.get('state', 'null'))
         if meta.get('sha256') != _digest(rest, tensors): raise SafetensorError('its contents are not what was saved')
     except (SafetensorError, OSError, ValueError) as e:
-        raise InputError(f'{path} is damaged ({e}); delete it and run again') from None
+        warnings.warn(f'{path} is damaged ({e}); what it held is learnt again', stacklevel=3)
+        path.unlink(missing_ok=True)
+        return None
     out, flat = {}, rest | {k: t.to(device) for k, t in tensors.items()}
     for k, v in flat.items():
         name, _, i = k.partition('.')
@@ -269,16 +271,15 @@ class Pradot:
         half = path.with_name(path.name.replace('prototypes', 'unfinished'))
         def keep(state, seconds): _write_state(half, state | dict(seconds=seconds))
         with alone(path), alone(half):
-            if not path.exists():
-                begin = _read_state(half, self.device)
-                if begin: bar.update(len(begin['history']))
-                p, history, seconds = learnt(keep, begin, begin['seconds'] if begin else 0.)
-                _write_state(path, dict(prototypes=p, history=history, seconds=seconds))
-                half.unlink(missing_ok=True)
-                return p, history, seconds
-        state = _read_state(path, self.device)
-        bar.update(len(state['history']))
-        return state['prototypes'], state['history'], state['seconds']
+            if state := _read_state(path, self.device):
+                bar.update(len(state['history']))
+                return state['prototypes'], state['history'], state['seconds']
+            begin = _read_state(half, self.device)
+            if begin: bar.update(len(begin['history']))
+            p, history, seconds = learnt(keep, begin, begin['seconds'] if begin else 0.)
+            _write_state(path, dict(prototypes=p, history=history, seconds=seconds))
+            half.unlink(missing_ok=True)
+            return p, history, seconds
 
     def grids(self,
         x:Tensor # (B, 3, H, W) from `to_tensor`

@@ -6,8 +6,8 @@
 __all__ = ['BACKBONES', 'SMALL', 'TIMM', 'MEAN', 'STD', 'SmallResNet', 'read_weights', 'Backbone', 'as_image', 'to_tensor',
            'pick_device', 'memory_advice', 'batches', 'fingerprints', 'alone', 'extract']
 
-# %% ../nbs/02_features.ipynb #984396bd
-import hashlib, io, json, os, sys
+# %% ../nbs/02_features.ipynb #36f4b9dd
+import hashlib, io, json, os, secrets, sys, warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm
 
-from .data import InputError, Record, check_writable, read_image, replacing
+from .data import InputError, Record, check_writable, read_image, sha256
 
 # %% ../nbs/02_features.ipynb #42a43fc0
 class SmallResNet(nn.Module):
@@ -263,7 +263,7 @@ def _fill(backbone, images, size, batch_size, progress, room):
             done += len(xs); bar.update(len(xs))
     return out
 
-# %% ../nbs/02_features.ipynb #3095b72f
+# %% ../nbs/02_features.ipynb #cedd68eb
 def _fingerprint(x):
     "SHA-256 of an image file's bytes, or of a picture's pixels"
     if isinstance(x, (Record, str, Path)):
@@ -315,15 +315,39 @@ def extract(
         out = _fill(backbone, images, size, batch_size, progress, lambda l, shape: np.empty(shape, np.float32))
         return {l: torch.from_numpy(a) for l, a in out.items()}
     paths = {l: Path(cache)/f'features-{k}.npy' for l, k in fingerprints(backbone, images, size).items()}
-    if not all(p.exists() for p in paths.values()):
-        with ExitStack() as stack:
-            for l in sorted(paths): stack.enter_context(alone(paths[l]))
-            tmp = {l: stack.enter_context(replacing(p)) for l, p in paths.items() if not p.exists()}
-            def room(l, shape):
-                if l not in tmp: return np.empty(shape, np.float32)
-                a = np.lib.format.open_memmap(tmp[l], 'w+', np.float32, shape)
-                if hasattr(os, 'posix_fallocate'): # a full disk is noticed now, not by a crash later
-                    with open(tmp[l], 'r+b') as f: os.posix_fallocate(f.fileno(), 0, tmp[l].stat().st_size)
-                return a
-            if tmp: _fill(backbone, images, size, batch_size, progress, room)
-    return {l: torch.from_numpy(np.load(p, mmap_mode='c')) for l, p in paths.items()}
+    with ExitStack() as stack:
+        for l in sorted(paths): stack.enter_context(alone(paths[l]))
+        missing = {l: p for l, p in paths.items() if not _intact(p)}
+        tmp = {l: p.with_name(f'.{p.stem}-{secrets.token_hex(4)}.npy') for l, p in missing.items()}
+        for p in tmp.values(): stack.callback(p.unlink, missing_ok=True)
+        out = {}
+        if missing: out = _fill(backbone, images, size, batch_size, progress, lambda l, shape: _room(tmp.get(l), shape))
+        for l, p in missing.items():
+            if not tmp[l].exists(): continue                    # no room on the disk
+            out.pop(l).flush()
+            _note(p).write_text(sha256(tmp[l]))
+            os.replace(tmp[l], p)
+        return {l: torch.from_numpy(out[l] if l in out and l in missing else np.load(p, mmap_mode='c')) for l, p in paths.items()}
+
+def _note(path): return path.with_suffix('.sha256')
+
+def _intact(path):
+    "Whether a file of features is there and as it was written; a damaged one is removed, with a word"
+    if not path.exists(): return False
+    if _note(path).exists() and _note(path).read_text() == sha256(path): return True
+    warnings.warn(f'{path} is damaged; its features are computed again', stacklevel=3)
+    path.unlink()
+    return False
+
+def _room(path, shape):
+    "An array in a new file, or in memory if there is no path or no room on the disk"
+    if path is None: return np.empty(shape, np.float32)
+    try:
+        a = np.lib.format.open_memmap(path, 'w+', np.float32, shape)
+        if hasattr(os, 'posix_fallocate'): # a full disk is noticed now, not by a crash later
+            with open(path, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+        return a
+    except OSError as e:
+        path.unlink(missing_ok=True)
+        warnings.warn(f'features cannot be kept in {path.parent} ({e.strerror}); they stay in memory', stacklevel=3)
+        return np.empty(shape, np.float32)
