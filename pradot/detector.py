@@ -25,7 +25,7 @@ from .prototypes import STARTS, learn, nearest, steps
 from .transport import SOLVERS
 from . import __version__
 
-# %% ../nbs/06_detector.ipynb #94ec9707
+# %% ../nbs/06_detector.ipynb #0e4e3230
 @dataclass(frozen=True)
 class Config:
     "Every setting of the method; the defaults are the paper's. Raises `InputError` for values that make no sense"
@@ -92,7 +92,7 @@ class Config:
         number('held_out', float, lambda v: 0 <= v < 1, 'at least 0 and below 1 (a share of the images)')
         choice('solver', list(SOLVERS)); choice('start', list(STARTS))
         for k in ('warm', 'squared', 'corners', 'nominal', 'drop_last', 'relative', 'align_corners'):
-            choice(k, (True, False))
+            choice(k, (True, False)); fix(k, bool(getattr(self, k)))
 
 PAPER = Config()
 OFFICIAL = Config(weights='timm', tol=0., solver='log', squared=False, corners=True, start='uniform', nominal=True,

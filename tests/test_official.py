@@ -13,7 +13,7 @@ from pradot.transport import plan, sinkhorn
 
 quiet = pytest.mark.filterwarnings('ignore:in \\d+ of', 'ignore:a batch of', 'ignore:only \\d+ images')
 TINY = replace(OFFICIAL, backbone='small', weights=None, image_size=(48, 64), n=2, batch_size=3, epochs=3,
-               iterations=20, eta=0.1, seed=2)                                     # with this seed the second epoch is the best one
+               iterations=20, eta=0.1, seed=2) # with this seed the second epoch is the best one
 
 # The method in float64 and plain numpy, with the options' names
 
