@@ -25,7 +25,7 @@ from .prototypes import STARTS, learn, nearest, steps
 from .transport import SOLVERS
 from . import __version__
 
-# %% ../nbs/06_detector.ipynb #2590a247
+# %% ../nbs/06_detector.ipynb #a30fd532
 @dataclass(frozen=True)
 class Config:
     "Every setting of the method; the defaults are the paper's. Raises `InputError` for values that make no sense"
@@ -95,7 +95,7 @@ class Config:
         number('still', float, lambda v: 0 <= v < math.inf, 'at least 0')
         choice('solver', list(SOLVERS)); choice('start', list(STARTS)); choice('products', list(PRODUCTS))
         for k in ('warm', 'squared', 'corners', 'nominal', 'drop_last', 'relative', 'align_corners'):
-            choice(k, (True, False))
+            choice(k, (True, False)); fix(k, bool(getattr(self, k)))
 
 PAPER = Config()
 OFFICIAL = Config(weights='timm', tol=0., solver='log', squared=False, corners=True, start='uniform', nominal=True,

@@ -7,8 +7,8 @@ __all__ = ['LOADERS', 'METRICS', 'NOTE', 'truth', 'released_truth', 'evaluate', 
            'peak_memory', 'measure', 'read_row', 'grid', 'results', 'table', 'summary', 'paper_table', 'variants',
            'categories_in', 'compare', 'reproduce', 'made_by']
 
-# %% ../nbs/08_experiment.ipynb #bf1d6600
-import hashlib, json, os, platform, sys, time, traceback, warnings
+# %% ../nbs/08_experiment.ipynb #e3c20ee0
+import hashlib, json, logging, os, platform, sys, time, traceback, warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import date
@@ -62,7 +62,7 @@ def released_truth(
     area = int(small.sum())
     return dict(channels=small, saturations=[saturation(area, entry.threshold, entry.relative) if entry else area])
 
-# %% ../nbs/08_experiment.ipynb #1b903540
+# %% ../nbs/08_experiment.ipynb #2c09b033
 def _checked(category):
     "The test images, good ones and anomalous ones among them"
     records = category.test
@@ -99,12 +99,15 @@ def evaluate(
     counts = _counts(category, records)
     if masked:
         theirs = dict(protocol='released', size=list(size), vanished=vanished)
-        return counts | published.compute().as_dict() | dict(released=theirs | released.compute().as_dict())
+        if vanished < counts['anomalous']: theirs |= released.compute().as_dict()
+        return counts | published.compute().as_dict() | dict(released=theirs)
     def auroc(kinds): return image_auroc(*zip(*[(s, r.anomalous) for s, r in zip(scores, records) if r.kind in kinds]))
     kinds = {k: dict(image_auroc=auroc(('good', k))) for k in category.kinds}
     return counts | dict(image_auroc=auroc(('good', *category.kinds)), pixel_auroc=None, kinds=kinds)
 
-# %% ../nbs/08_experiment.ipynb #203fff47
+# %% ../nbs/08_experiment.ipynb #58921bd7
+logging.getLogger('tifffile').addHandler(logging.NullHandler()) # what is wrong with a file, `read_map` says itself
+
 def read_map(
     path:str|Path # A TIFF of one channel
 )->np.ndarray:    # (H, W), of the file's own type
@@ -217,7 +220,7 @@ def _account(history):
     return dict(steps=len(steps), median_iterations=float(np.median([h['iterations'] for h in steps])),
                 median_error=float(np.median([h['error'] for h in steps])))
 
-# %% ../nbs/08_experiment.ipynb #33b61f55
+# %% ../nbs/08_experiment.ipynb #2bfc294f
 def _do(run, out, device, patience, progress):
     "The row of a run, done now unless it was before; a dict with `error` if it failed; None if another is at it"
     path, failed = (out/d/f'{run.name}.json' for d in ('runs', 'failed'))
@@ -259,12 +262,13 @@ def grid(
     runs, out = list(dict.fromkeys(runs)), Path(out).absolute()
     check_writable(out/'runs'/'x')
     rows = {r: read_row(p) for r in runs if (p := out/'runs'/f'{r.name}.json').exists()}
+    for r in rows: (out/'failed'/f'{r.name}.json').unlink(missing_ok=True) # of a grid that was killed before it did so
     with tqdm(total=len(runs), initial=len(rows), desc='runs', unit='run', disable=None if progress else True) as bar:
         for patience in (0, -1):                                # first what nobody else is doing, then wait for the rest
             todo = [r for r in runs if r not in rows]
             inner = progress and jobs in (None, 1)
             work = (joblib.delayed(_do)(r, out, device, patience, inner) for r in todo)
-            for r, row in zip(todo, joblib.Parallel(jobs, return_as='generator')(work)):
+            for row, r in zip(joblib.Parallel(jobs, return_as='generator')(work), todo): # drawn to its end
                 if row is not None: rows[r] = row; bar.update()
     return [rows[r] for r in runs]
 

@@ -47,37 +47,6 @@ def model(tmp_path_factory):
         *LIGHT]) == 0
     return root/'m.safetensors'
 
-def listing(folder):
-    return {p.relative_to(folder).as_posix(): (p.is_dir() or p.stat().st_size, p.is_dir() or p.stat().st_mtime_ns)
-        for p in folder.rglob('*')}
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    "`run(words)` -> (status, stdout, stderr) of the command line, in a folder of its own"
-    (tmp_path/'here').mkdir()
-    monkeypatch.chdir(tmp_path/'here')
-    def go(*words):
-        capsys.readouterr()
-        try: status = main([str(w) for w in words])
-        except SystemExit as e: status = e.code
-        return status, *capsys.readouterr()
-    return go
-
-@pytest.fixture
-def refused(run, tmp_path):
-    "The command must fail with one sentence that holds all of `says`, and write nothing"
-    def go(words, *says, status=1):
-        before = listing(tmp_path)
-        code, out, err = run(*words)
-        assert code == status, (code, err)
-        assert out == ''
-        assert err.endswith('\n') and err.count('\n') == 1 and 'Traceback' not in err, err
-        assert err.startswith(f'pradot {words[0]}: ' if status != 2 else 'pradot') and len(err) < 900, err
-        for s in says: assert str(s) in err, (s, err)
-        assert listing(tmp_path) == before
-        return err
-    return go
-
 def fit(root, *more, category='nut', dataset='mvtec_ad'):
     return ['fit', '--dataset', dataset, '--data', root, *(['--category', category] if category else []), '--out',
         'out/m.safetensors', *LIGHT, *more]

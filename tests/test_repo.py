@@ -144,6 +144,26 @@ def test_one_site_configuration(root, site, tracked):
     source_link = [t['href'] for t in site['website']['navbar']['tools']]
     assert source_link == [f'https://github.com/{user}/{repo}']
 
+def test_a_build_holds_the_weights_and_the_tables_of_the_paper(root, tracked, tmp_path):
+    pytest.importorskip('setuptools')
+    copy, built = tmp_path/'copy', tmp_path/'built'
+    for f in ['pradot/paper', *tracked]:                       # a link to data/paper
+        if not f.startswith(('pradot/', 'data/paper/')) and '/' in f: continue
+        (copy/f).parent.mkdir(parents=True, exist_ok=True)
+        if (root/f).is_symlink(): os.symlink(os.readlink(root/f), copy/f)
+        else: (copy/f).write_bytes((root/f).read_bytes())
+    subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', str(built)], cwd=copy, check=True,
+                   capture_output=True)
+    for i in (1, 2, 3, 4):
+        f = f'paper/table{i}.csv'
+        assert not (built/'pradot'/f).is_symlink() and (built/'pradot'/f).read_bytes() == (root/'data'/f).read_bytes()
+    weights = 'pradot/weights/small.safetensors'
+    assert (built/weights).read_bytes() == (root/weights).read_bytes()
+    code = 'import sys; sys.path.insert(0, sys.argv[1]); import pradot; from importlib.resources import files; ' \
+           'print(pradot.__file__, len((files("pradot")/"paper"/"table2.csv").read_text()))'
+    out = subprocess.run([sys.executable, '-c', code, str(built)], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert out.stdout.startswith(str(built)) and int(out.stdout.split()[-1]) > 1000
+
 def test_no_path_of_one_machine(root, tracked):
     machine = re.compile(r'(?:^|[^\w.])/(?:' + '|'.join(['work', 'root', 'farm', 'home', 'tmp', 'Users']) + r')/\w')
     hits = []
