@@ -206,7 +206,7 @@ def parser()->argparse.ArgumentParser:
 
 TABLES = {f'table{i}': i for i in (1, 2, 3, 4)}
 
-# %% ../nbs/10_cli.ipynb #426aa8ba
+# %% ../nbs/10_cli.ipynb #9f2941c1
 def fit(args):
     "pradot fit"
     check_writable(args.out)
@@ -214,7 +214,12 @@ def fit(args):
     parts = Path(f'{args.out}.parts')
     if args.resume and not parts.is_dir(): raise InputError(f'there is nothing to resume in {parts}; leave --resume out')
     if parts.is_dir() and not args.resume: shutil.rmtree(parts)
-    model = Pradot(config, args.device).fit(category.train, validation=category.validation, cache=args.cache, parts=parts)
+    missing = [p for p in (parts, *parts.parents) if not p.exists()]
+    try: model = Pradot(config, args.device).fit(category.train, True, category.validation, args.cache, parts)
+    except BaseException:
+        if missing and not [p for p in parts.glob('*') if p.suffix == '.safetensors' and p.name[0] != '.']:
+            shutil.rmtree(missing[-1], ignore_errors=True)      # nothing was finished: leave nothing
+        raise
     model.save(args.out)
     shutil.rmtree(parts, ignore_errors=True)
     print(f'{args.out}: {len(category.train)} images of {category.name} learnt in {time.perf_counter() - start:.0f} s, '
@@ -370,7 +375,7 @@ def demo(args):
         model.save(tmp/'model.safetensors')
     print(f'\n{table(result).to_string(float_format="%.1f", na_rep="-")}\n\nopen {out/"index.html"} to see the anomaly maps')
 
-# %% ../nbs/10_cli.ipynb #16b443d7
+# %% ../nbs/10_cli.ipynb #bcb53dcd
 def main(argv:list[str]|None=None)->int:
     "The `pradot` program; returns the exit status"
     args = parser().parse_args(argv)
@@ -387,7 +392,8 @@ def main(argv:list[str]|None=None)->int:
     except KeyboardInterrupt:
         then = 'nothing was written'
         if args.command in ('download', 'reproduce'): then = 'the same command goes on from here'
-        if args.command == 'fit': then = 'the same command with --resume goes on after the last finished epoch'
+        if args.command == 'fit' and Path(f'{args.out}.parts').is_dir():
+            then = 'the same command with --resume goes on after the last finished epoch'
         print(f'pradot {args.command}: stopped; {then}', file=sys.stderr)
         return 130
     finally:
