@@ -7,7 +7,7 @@ __all__ = ['LOADERS', 'METRICS', 'NOTE', 'truth', 'released_truth', 'evaluate', 
            'peak_memory', 'measure', 'read_row', 'grid', 'results', 'table', 'summary', 'paper_table', 'variants',
            'categories_in', 'compare', 'reproduce', 'made_by']
 
-# %% ../nbs/08_experiment.ipynb #e3c20ee0
+# %% ../nbs/08_experiment.ipynb #e9891577
 import hashlib, json, logging, os, platform, sys, time, traceback, warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .data import (Category, InputError, PUBLISHED, Record, check_writable, defect_of, folder, mvtec_ad, mvtec_loco,
-                         replacing)
+                         replacing, sha256)
 from .detector import PAPER, Config, Pradot
 from .features import alone
 from .metrics import Evaluation, channel, image_auroc, saturation
@@ -140,7 +140,7 @@ def score(
         evaluation.update(amap, kind=r.kind, **truth(r, category.defects))
     return _counts(category, records) | evaluation.compute().as_dict()
 
-# %% ../nbs/08_experiment.ipynb #f673b481
+# %% ../nbs/08_experiment.ipynb #351ccd2b
 LOADERS = dict(mvtec_ad=mvtec_ad, mvtec_loco=mvtec_loco, folder=folder)
 
 class Run(NamedTuple):
@@ -156,7 +156,8 @@ class Run(NamedTuple):
         c = asdict(self.config)
         del c['seed']
         if c['weights'] and Path(c['weights']).is_file():
-            c['weights'] = hashlib.sha256(Path(c['weights']).read_bytes()).hexdigest()
+            try: c['weights'] = sha256(c['weights'])
+            except OSError as e: raise InputError(f'{c["weights"]} cannot be read ({e.strerror}); make it readable') from None
         return hashlib.sha256(json.dumps(c, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -220,7 +221,7 @@ def _account(history):
     return dict(steps=len(steps), median_iterations=float(np.median([h['iterations'] for h in steps])),
                 median_error=float(np.median([h['error'] for h in steps])))
 
-# %% ../nbs/08_experiment.ipynb #2bfc294f
+# %% ../nbs/08_experiment.ipynb #660b9e6a
 def _do(run, out, device, patience, progress):
     "The row of a run, done now unless it was before; a dict with `error` if it failed; None if another is at it"
     path, failed = (out/d/f'{run.name}.json' for d in ('runs', 'failed'))
@@ -261,6 +262,10 @@ def grid(
     "Do all runs that have no result in OUT yet, and return the rows of all"
     runs, out = list(dict.fromkeys(runs)), Path(out).absolute()
     check_writable(out/'runs'/'x')
+    names = [r.name for r in runs]
+    if len(set(names)) < len(names):
+        raise InputError(f'two runs would both be {next(n for n in names if names.count(n) > 1)}; they differ in their root '
+                         'alone, so give each data set a folder of results of its own')
     rows = {r: read_row(p) for r in runs if (p := out/'runs'/f'{r.name}.json').exists()}
     for r in rows: (out/'failed'/f'{r.name}.json').unlink(missing_ok=True) # of a grid that was killed before it did so
     with tqdm(total=len(runs), initial=len(rows), desc='runs', unit='run', disable=None if progress else True) as bar:
