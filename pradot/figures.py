@@ -56,12 +56,13 @@ def panels(
         ax.spines[:].set_visible(False)
     return axes
 
-# %% ../nbs/09_figures.ipynb #6a40e61f
+# %% ../nbs/09_figures.ipynb #9cb3c1b9
 class Case(NamedTuple):
     "What a notebook works on"
     category:Category # Images
     config:Config     # Settings
     note:str          # One sentence about both, for the reader
+    known:bool        # Whether what comes out is known and can be asserted: the toy set at its usual setting
 
 def cases(
     prefer:tuple=(), # Categories to put first, where they are there
@@ -82,7 +83,8 @@ def cases(
     if test: found = [_few(c) for c in found[:1]]
     config = replace(config, **changes)
     how = 'a few images and steps' if test else "the paper's setting" if full else 'a small setting for two cores'
-    return [Case(c, config, f'{c.name if root else "The toy set"}, with {how}.{lacking}') for c in found]
+    return [Case(c, config, f'{c.name if root else "The toy set"}, with {how}.{lacking}',
+                 not (root or full or test)) for c in found]
 
 def _few(c): # at most 16 training images, and 3 test images of a kind
     test = [r for k in ('good', *c.kinds) for r in [x for x in c.test if x.kind == k][:3]]
