@@ -346,7 +346,7 @@ def sample(
         done += len(xs)
     return Sample(torch.cat(z), grid(H, W, model.config.corners)[chosen % (H*W)], bad[chosen])
 
-# %% ../nbs/09_figures.ipynb #a1f3c7bd
+# %% ../nbs/09_figures.ipynb #53bca0fd
 def pairwise(
     z:Tensor,    # (N, D) features
     c:Tensor,    # (N, 2) coordinates
@@ -374,14 +374,15 @@ def project(
     if method == 'tsne':
         from sklearn.manifold import TSNE
         return TSNE(metric='precomputed', init='random', perplexity=neighbours, random_state=seed).fit_transform(C)
-    try: import umap
-    except ImportError:
-        raise InputError("UMAP is not installed; run `pip install umap-learn`, or choose method='tsne'") from None
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*(precomputed metric|n_jobs value).*') # both are as wanted
-        return umap.UMAP(metric='precomputed', n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(C)
+        warnings.simplefilter('ignore')                   # that distances are given and one thread is used, as is wanted
+        try: import umap
+        except ImportError:
+            raise InputError("UMAP is not installed; run `pip install umap-learn`, or choose method='tsne'") from None
+        return umap.UMAP(metric='precomputed', n_neighbors=neighbours, min_dist=0.5, random_state=seed,
+                         n_jobs=1).fit_transform(C)
 
-# %% ../nbs/09_figures.ipynb #93e61dc9
+# %% ../nbs/09_figures.ipynb #e2633fbe
 def by_place(
     c:Tensor|np.ndarray  # (..., 2) coordinates in [0, 1]: down, right
 )->np.ndarray:           # (..., 3)
@@ -397,13 +398,16 @@ def cloud(
     c:Tensor,         # (N, 2) coordinates that colour the points
     kind:np.ndarray   # (N,) 0 normal, 1 abnormal, 2 prototype
 ):                    # The axes
-    "Normal embeddings as dots, abnormal ones as crosses, prototypes as diamonds; colour is the place in the image"
+    """Normal embeddings as dots, abnormal ones as crosses, prototypes as diamonds; colour is the place in the image.
+    The view holds 98 % of the points in each direction: a few that were pushed far away would shrink the others"""
     colour = by_place(c)
-    for k, how in ((0, dict(marker='o', s=9, linewidths=0)), (2, dict(marker='D', s=16, linewidths=.5, edgecolors='black')),
-                   (1, dict(marker='x', s=22, linewidths=1.3))):
+    low, high = np.quantile(xy, [.01, .99], axis=0)
+    pad = 0.08*(high - low)
+    for k, how in ((0, dict(marker='o', s=6, linewidths=0)), (2, dict(marker='D', s=9, linewidths=.5, edgecolors='black')),
+                   (1, dict(marker='x', s=13, linewidths=1))):
         i = kind == k
         ax.scatter(*xy[i].T, c=colour[i], **how)
-    ax.set(xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[], **{f'{k}lim': (l - p, h + p) for k, l, h, p in zip('xy', low, high, pad)})
     ax.spines[:].set_visible(False)
     return ax
 
