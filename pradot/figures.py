@@ -29,13 +29,14 @@ from .features import as_image, batches
 from .toy import tray
 from .transport import Transport, blocks, plan_blocks
 
-# %% ../nbs/09_figures.ipynb #ca85af7f
+# %% ../nbs/09_figures.ipynb #42b5b703
 OKABE = dict(black='#000000', orange='#e69f00', sky='#56b4e9', green='#009e73', yellow='#f0e442', blue='#0072b2',
              vermilion='#d55e00', purple='#cc79a7')
 STYLE = {'font.size': 12, 'axes.titlesize': 12, 'axes.labelsize': 12, 'xtick.labelsize': 11, 'ytick.labelsize': 11,
          'legend.fontsize': 11, 'legend.frameon': False, 'axes.spines.top': False, 'axes.spines.right': False,
          'figure.dpi': 100, 'figure.constrained_layout.use': True, 'image.cmap': 'cividis', 'lines.linewidth': 2,
-         'axes.prop_cycle': matplotlib.cycler(color=[OKABE[k] for k in 'blue vermilion green orange purple sky'.split()])}
+         'axes.prop_cycle': matplotlib.cycler(
+             color=[OKABE[k] for k in ('blue', 'vermilion', 'green', 'orange', 'purple', 'sky')])}
 
 def style():
     "Draw all further figures of this session in the style of these pages"
@@ -56,7 +57,7 @@ def panels(
         ax.spines[:].set_visible(False)
     return axes
 
-# %% ../nbs/09_figures.ipynb #9cb3c1b9
+# %% ../nbs/09_figures.ipynb #06a73c07
 class Case(NamedTuple):
     "What a notebook works on"
     category:Category # Images
@@ -70,7 +71,7 @@ def cases(
 )->list[Case]:
     """What to work on, by PRADOT_DATA, PRADOT_FULL, PRADOT_WEIGHTS and PRADOT_TEST.
     Raises `InputError` if PRADOT_DATA is no folder or holds no category"""
-    root, full, test = os.environ.get('PRADOT_DATA'), *(os.environ.get(k) == '1' for k in ('PRADOT_FULL', 'PRADOT_TEST'))
+    root, (full, test) = os.environ.get('PRADOT_DATA'), (os.environ.get(f'PRADOT_{k}') == '1' for k in ('FULL', 'TEST'))
     config = replace(PAPER, weights=os.environ.get('PRADOT_WEIGHTS')) if full else LIGHT
     if test: config = replace(LIGHT, image_size=64, n=2, batch_size=8, epochs=2)
     if not root: found, lacking = [tray()], ''
@@ -90,7 +91,7 @@ def _few(c): # at most 16 training images, and 3 test images of a kind
     test = [r for k in ('good', *c.kinds) for r in [x for x in c.test if x.kind == k][:3]]
     return replace(c, train=c.train[:16], test=type(c.test)(test))
 
-# %% ../nbs/09_figures.ipynb #fa5d5d4c
+# %% ../nbs/09_figures.ipynb #cbe1b135
 def account(
     case:Case,    # What was run
     begin:float   # `time.perf_counter()` at the start
@@ -100,7 +101,8 @@ def account(
     if config['weights']: config['weights'] = os.path.basename(config['weights'])
     differ = ', '.join(f'{k} = {v}' for k, v in config.items() if v != default[k]) or 'none'
     m, v = machine(), versions()
-    return '\n'.join(['| | |', '|---|---|', f'| images | {case.note} |', f'| settings other than the paper\'s | {differ} |',
+    return '\n'.join(['| | |', '|---|---|', f'| images | {case.note} |',
+                      f'| settings other than the paper\'s | {differ} |',
                       f'| seconds | {time.perf_counter() - begin:.0f} |',
                       f'| machine | {m["gpu"] or m["cpu"]}, {m["cores"]} cores, {m["threads"]} thread(s) |',
                       f'| versions | {", ".join(f"{k} {x}" for k, x in v.items())} |'])
@@ -198,12 +200,12 @@ def abnormal(
     m = torch.from_numpy(record.mask())[None].float()                                   # (1, H0, W0)
     return F.adaptive_avg_pool2d(m, cells)[0].numpy()
 
-# %% ../nbs/09_figures.ipynb #8b98c21d
+# %% ../nbs/09_figures.ipynb #47fd218a
 def assignments(
     model:Pradot,       # Fitted or loaded
     images,             # Records, paths, pictures or (H, W, 3) uint8 arrays
     batch_size:int=16   # Images at a time
-)->dict[tuple[int,float],tuple[np.ndarray,np.ndarray]]: # (stage l, α): distances (B, H_l, W_l), nearest prototypes (B, H_l, W_l)
+)->dict[tuple[int,float],tuple[np.ndarray,np.ndarray]]: # (stage l, α): two of (B, H_l, W_l)
     "Distance to the nearest prototype and which it is (number k·H·W + i·W + j), of every cell of every image"
     found = {k: ([], []) for k in model.prototypes}
     for _, _, x in batches(images, model.config.image_size, batch_size):
@@ -219,7 +221,7 @@ def references(
 
 def places(
     which:np.ndarray  # (..., H, W) numbers of prototypes
-)->np.ndarray:        # (..., H, W, 2) in (-1, 1): how far below and to the right the prototype is, in heights and widths of the grid
+)->np.ndarray:        # (..., H, W, 2) in (-1, 1): how far down and right, in heights and widths of the grid
     "From each cell to the place of its prototype"
     H, W = which.shape[-2:]
     i, j = np.divmod(which % (H*W), W)
@@ -246,7 +248,7 @@ def arrows(
                   alpha=alpha, width=.0045, headwidth=4, headlength=5, headaxislength=4.5)
     return ax
 
-# %% ../nbs/09_figures.ipynb #3ca6a795
+# %% ../nbs/09_figures.ipynb #3d3df248
 class Patches(NamedTuple):
     "What the prototypes of one stage and α look like"
     pixels:np.ndarray # (n, H, W, h, w, 3) uint8
@@ -260,7 +262,7 @@ def patches(
     keys=None,          # (stage, α) wanted; None is all
     batch_size:int=16   # Images at a time
 )->dict[tuple[int,float],Patches]:
-    "For every prototype the patch of the training embedding of greatest cosine (of equals, the first), in bounded memory"
+    "For every prototype the patch of the training embedding most like it (of equals, the first), in bounded memory"
     model._fitted()
     keys, size, done, found = list(keys or model.prototypes), model.config.image_size, 0, {}
     for k in keys:
@@ -272,7 +274,8 @@ def patches(
         for l, a in keys:
             n, H, W, _ = model.prototypes[l, a].shape
             best, row = _most_alike(q[l, a], unit(Z[l]).flatten(0, 2))
-            cut = np.stack([tiles(im, (H, W), size) for im in xs]).reshape(-1, *_patch(size, H, W), 3) # (B*H*W, h, w, 3)
+            cut = np.stack([tiles(im, (H, W), size) for im in xs])                         # (B, H, W, h, w, 3)
+            cut = cut.reshape(-1, *cut.shape[3:])                                                  # (B*H*W, h, w, 3)
             if (l, a) not in found:
                 found[l, a] = Patches(np.zeros((n*H*W, *cut.shape[1:]), np.uint8), np.zeros(n*H*W, int),
                                       np.zeros(n*H*W, int), np.full(n*H*W, -np.inf, np.float32))
@@ -283,8 +286,6 @@ def patches(
             f.cosine[better] = best[better]
         done += len(xs)
     return {k: Patches(*(v.reshape(model.prototypes[k].shape[:3] + v.shape[1:]) for v in f)) for k, f in found.items()}
-
-def _patch(size, H, W): return tuple(max(1, round(s/c)) for s, c in zip(size, (H, W)))
 
 def _most_alike(q, u): # (N_p, D), (N, D) of length 1 -> the greatest cosine (N_p,), and the row of u that has it
     best, row = q.new_full((len(q),), -torch.inf), torch.zeros(len(q), dtype=torch.long, device=q.device)
@@ -302,7 +303,7 @@ def restore(
     "Images made of the patches of their nearest prototypes"
     return untile(found.pixels.reshape(-1, *found.pixels.shape[3:])[which])
 
-# %% ../nbs/09_figures.ipynb #759591a1
+# %% ../nbs/09_figures.ipynb #2b308401
 def colours(
     z:Tensor,           # (..., D) features
     basis:Tensor|None=None # (N, D) features whose principal components are taken; None is `z` itself
@@ -311,13 +312,13 @@ def colours(
     u = unit(z.cpu()).flatten(0, -2)
     b = u if basis is None else unit(basis.cpu())
     mean = b.mean(0)
-    axes = torch.linalg.eigh((b - mean).T @ (b - mean))[1][:, -3:].flip(1)                         # (D, 3), the largest first
-    axes = axes*axes.gather(0, axes.abs().argmax(0)[None]).sign()                                  # no luck in the signs
+    axes = torch.linalg.eigh((b - mean).T @ (b - mean))[1][:, -3:].flip(1)  # (D, 3), the largest first
+    axes = axes*axes.gather(0, axes.abs().argmax(0)[None]).sign()  # no luck in the signs
     low, high = torch.quantile(((b - mean) @ axes)[::max(1, len(b)//100_000)], torch.tensor([.01, .99]), dim=0)
     c = ((u - mean) @ axes - low)/(high - low).clamp(min=1e-6)
     return c.clamp(0, 1).view(*z.shape[:-1], 3).numpy()
 
-# %% ../nbs/09_figures.ipynb #305f784d
+# %% ../nbs/09_figures.ipynb #9544e299
 class Sample(NamedTuple):
     "Some embeddings of one stage"
     z:Tensor         # (N, D) features
@@ -335,7 +336,7 @@ def sample(
 )->Sample:
     "Embeddings of test images, chosen at random, in bounded memory"
     key = next((k for k in model.prototypes if k[0] == stage), None)
-    if key is None: raise InputError(f'the model has no stage {stage}; it has {sorted({l for l, _ in model.prototypes})}')
+    if key is None: raise InputError(f'the model has no stage {stage}; it has {model.config.stages}')
     H, W, rng = *model.prototypes[key].shape[1:3], np.random.default_rng(seed)
     bad = np.stack([abnormal(r, (H, W)) > share for r in records]).ravel()                         # (N*H*W,)
     chosen = [rng.permutation(np.flatnonzero(bad == kind))[:most] for kind, most in ((False, normal), (True, wrong))]
@@ -346,7 +347,7 @@ def sample(
         done += len(xs)
     return Sample(torch.cat(z), grid(H, W, model.config.corners)[chosen % (H*W)], bad[chosen])
 
-# %% ../nbs/09_figures.ipynb #53bca0fd
+# %% ../nbs/09_figures.ipynb #a97debec
 def pairwise(
     z:Tensor,    # (N, D) features
     c:Tensor,    # (N, 2) coordinates
@@ -367,22 +368,23 @@ def project(
     neighbours:int=15,   # How many of them a point tries to stay near (t-SNE: its perplexity)
     seed:int=0
 )->np.ndarray:           # (N, 2)
-    "Points in a plane, near each other where `C` is small. Raises `InputError` where UMAP is asked for and not installed"
+    "Points in a plane, near each other where `C` is small. Raises `InputError` where UMAP is wanted and not installed"
     if method not in METHODS: raise InputError(f'there is no projection {method!r}; choose one of {", ".join(METHODS)}')
     if len(C) <= neighbours + 1:
-        raise InputError(f'{len(C)} points are too few for {neighbours} neighbours of each; take more points or fewer neighbours')
+        raise InputError(f'{len(C)} points are too few for {neighbours} neighbours of each; '
+                         'take more points or fewer neighbours')
     if method == 'tsne':
         from sklearn.manifold import TSNE
         return TSNE(metric='precomputed', init='random', perplexity=neighbours, random_state=seed).fit_transform(C)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')                   # that distances are given and one thread is used, as is wanted
+        warnings.simplefilter('ignore')  # that distances are given and one thread is used, as is wanted
         try: import umap
         except ImportError:
             raise InputError("UMAP is not installed; run `pip install umap-learn`, or choose method='tsne'") from None
         return umap.UMAP(metric='precomputed', n_neighbors=neighbours, min_dist=0.5, random_state=seed,
                          n_jobs=1).fit_transform(C)
 
-# %% ../nbs/09_figures.ipynb #e2633fbe
+# %% ../nbs/09_figures.ipynb #741add04
 def by_place(
     c:Tensor|np.ndarray  # (..., 2) coordinates in [0, 1]: down, right
 )->np.ndarray:           # (..., 3)
@@ -403,7 +405,8 @@ def cloud(
     colour = by_place(c)
     low, high = np.quantile(xy, [.01, .99], axis=0)
     pad = 0.08*(high - low)
-    for k, how in ((0, dict(marker='o', s=6, linewidths=0)), (2, dict(marker='D', s=9, linewidths=.5, edgecolors='black')),
+    for k, how in ((0, dict(marker='o', s=6, linewidths=0)),
+                   (2, dict(marker='D', s=9, linewidths=.5, edgecolors='black')),
                    (1, dict(marker='x', s=13, linewidths=1))):
         i = kind == k
         ax.scatter(*xy[i].T, c=colour[i], **how)
@@ -418,7 +421,8 @@ def key(
     y, x = np.meshgrid(*[np.linspace(0, 1, 64)]*2, indexing='ij')
     ax.imshow(by_place(np.stack([y, x], -1)), extent=(0, 1, 1, 0))
     ax.set(xticks=[], yticks=[], xlabel='place in the image')
-    for m, label, how in (('o', 'normal', {}), ('x', 'abnormal', {}), ('D', 'prototype', dict(markeredgecolor='black'))):
+    edge = dict(markeredgecolor='black')
+    for m, label, how in (('o', 'normal', {}), ('x', 'abnormal', {}), ('D', 'prototype', edge)):
         ax.plot([], [], m, color='#777777', label=label, markersize=6, **how)
     ax.legend(loc='lower center', bbox_to_anchor=(.5, 1.), ncols=1)
     return ax
