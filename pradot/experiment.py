@@ -163,7 +163,7 @@ class Run(NamedTuple):
     @property
     def name(self)->str: return f'{self.dataset}-{self.category}-{self.hash}-seed{self.config.seed}'
 
-# %% ../nbs/08_experiment.ipynb #b7b7c619
+# %% ../nbs/08_experiment.ipynb #303df2dc
 def machine()->dict:
     "What this is computed on"
     name = platform.processor() or platform.machine()
@@ -194,9 +194,11 @@ def measure(
     run:Run,               # What to do
     device:str='auto',     # Where
     cache:str|Path|None=None, # A folder for features and prototypes that runs have in common
-    progress:bool=True     # Bars, in a terminal
+    progress:bool=True,    # Bars, in a terminal
+    threads:int|None=None  # Of torch; None leaves them as they are
 )->dict:                   # One row, ready for JSON
     "Learn and evaluate: one run"
+    if threads: torch.set_num_threads(threads)
     _reset_peak()
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter('always')
@@ -221,15 +223,15 @@ def _account(history):
     return dict(steps=len(steps), median_iterations=float(np.median([h['iterations'] for h in steps])),
                 median_error=float(np.median([h['error'] for h in steps])))
 
-# %% ../nbs/08_experiment.ipynb #660b9e6a
-def _do(run, out, device, patience, progress):
+# %% ../nbs/08_experiment.ipynb #220e7a7c
+def _do(run, out, device, patience, progress, threads):
     "The row of a run, done now unless it was before; a dict with `error` if it failed; None if another is at it"
     path, failed = (out/d/f'{run.name}.json' for d in ('runs', 'failed'))
     try:
         if not path.exists():
             with alone(path, patience):
                 if not path.exists():
-                    row = measure(run, device, out/'cache', progress)
+                    row = measure(run, device, out/'cache', progress, threads)
                     with replacing(path) as tmp: tmp.write_text(json.dumps(row, indent=1) + '\n', encoding='utf-8')
             failed.unlink(missing_ok=True)
         return read_row(path)
@@ -257,7 +259,8 @@ def grid(
     out:str|Path,         # Results go to OUT/runs, one file each
     jobs:int|None=None,   # Processes; None is 1, or what `joblib.parallel_config` says
     device:str='auto',    # Where each of them computes
-    progress:bool=True    # A bar, in a terminal
+    progress:bool=True,   # A bar, in a terminal
+    threads:int|None=None # Threads of each run, on which the last digits depend; None is what joblib gives it
 )->list[dict]:            # A row for each run, in the order given; with `error` for one that failed
     "Do all runs that have no result in OUT yet, and return the rows of all"
     runs, out = list(dict.fromkeys(runs)), Path(out).absolute()
@@ -272,7 +275,7 @@ def grid(
         for patience in (0, -1):                                # first what nobody else is doing, then wait for the rest
             todo = [r for r in runs if r not in rows]
             inner = progress and jobs in (None, 1)
-            work = (joblib.delayed(_do)(r, out, device, patience, inner) for r in todo)
+            work = (joblib.delayed(_do)(r, out, device, patience, inner, threads) for r in todo)
             for row, r in zip(joblib.Parallel(jobs, return_as='generator')(work), todo): # drawn to its end
                 if row is not None: rows[r] = row; bar.update()
     return [rows[r] for r in runs]

@@ -184,7 +184,7 @@ def _mean_movement(history, epoch):
 
 STARTS = dict(normal=torch.randn, uniform=torch.rand)
 
-# %% ../nbs/05_prototypes.ipynb #77281cfc
+# %% ../nbs/05_prototypes.ipynb #2859bc59
 def nearest(
     z:Tensor,            # (B, H, W, D) embeddings
     p:Tensor,            # (n, H, W, D) prototypes on the same grid
@@ -198,7 +198,9 @@ def nearest(
     S = checked_structure(z, p, alpha, S)
     u, q = unit(z).flatten(0, 2), unit(p).flatten(0, 2)                     # (B*H*W, D), (n*H*W, D)
     looks = torch.full((B,), 1 - alpha, dtype=z.dtype, device=z.device)     # the weight of looks, an image
-    if relative: looks /= (1 - _least_cosine(u.view(B, HW, D), q)).clamp(min=8*torch.finfo(z.dtype).eps)
+    if relative:
+        most = 1 - _least_cosine(u.view(B, HW, D), q)
+        looks = torch.where(most > 8*torch.finfo(z.dtype).eps, looks/most, 0)   # all alike: free of charge
     place = alpha*(S/S.max() if relative and HW > 1 else S)
     looks = looks.repeat_interleave(HW)                                     # ... an embedding
     cell = torch.arange(HW, device=z.device).repeat(B)
