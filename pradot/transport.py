@@ -87,7 +87,7 @@ def _log(M, mu, nu, eps, iterations, tol, g):
                       log=True, warn=False, warmstart=warm)[1]
     return eps*log['log_u'], eps*log['log_v'], log['niter'] + 1
 
-# %% ../nbs/04_transport.ipynb #21040180
+# %% ../nbs/04_transport.ipynb #a117b5c3
 FLOOR = -60. # The least exponent kept
 
 def absorb_(
@@ -95,29 +95,28 @@ def absorb_(
     eps:float,                 # ε of Eq. 4
     g:Tensor|None=None,        # (N_p,) prototypes' potentials to start from
     finish:Callable|None=None  # Called first with every block, as f(rows, block); see `pradot.cost.costs_in_place`
-)->tuple[Tensor,Tensor]:       # f⁰ (N,), g⁰ (N_p,)
-    "K = exp((f⁰ + g⁰ - M)/ε), at most 1, and 1 somewhere in every row"
-    f0, g0 = M.new_empty(len(M)), g
-    if g is None:                                              # the shift: row minima, then column minima
-        g0 = M.new_full((M.shape[1],), math.inf)
-        for s in chunks(M):
-            if finish: finish(s, M[s])
-            torch.minimum(g0, (M[s] - M[s].amin(1, keepdim=True)).amin(0), out=g0)
+)->tuple[Tensor,Tensor,Tensor]: # f⁰ (N,), g⁰ (N_p,), and v (N_p,) to begin with
+    "K = exp((f⁰ + g⁰ - M)/ε), at most 1, and 1 somewhere in every row and column"
+    f0, c = M.new_empty(len(M)), M.new_full((M.shape[1],), math.inf)
     for s in chunks(M):
         x = M[s]
-        if finish and g is not None: finish(s, x)
-        torch.amin(x.sub_(g0), 1, out=f0[s])
-        x.sub_(f0[s, None]).mul_(-1/eps).clamp_(min=FLOOR).exp_()
-    return f0, g0
+        if finish: finish(s, x)
+        if g is not None: x.sub_(g)
+        torch.amin(x, 1, out=f0[s])
+        torch.minimum(c, x.sub_(f0[s, None]).amin(0), out=c)
+    for s in chunks(M): M[s].sub_(c).mul_(-1/eps).clamp_(min=FLOOR).exp_()
+    if g is None: return f0, c, torch.ones_like(c)
+    return f0, g + c, (c/-eps).clamp_(min=-25).exp_()           # K·v stays above the least float32
 
 def iterate(
-    K:Tensor,       # (N, N_p) as `absorb_` made it
-    iterations:int, # At most so many
-    tol:float=0.    # L1 error of the rows at which to stop
+    K:Tensor,          # (N, N_p) as `absorb_` made it
+    iterations:int,    # At most so many
+    tol:float=0.,      # L1 error of the rows at which to stop
+    v:Tensor|None=None # (N_p,) to begin with; None is 1
 )->tuple[Tensor,Tensor,int]: # u (N,), v (N_p,), iterations done
-    "Sinkhorn's iterations for uniform masses, from v = 1, reading K once in each"
+    "Sinkhorn's iterations for uniform masses, reading K once in each"
     (N, Np), u = K.shape, K.new_zeros(len(K))
-    v, sums = K.new_ones(Np), K.new_empty(Np)
+    v, sums = K.new_ones(Np) if v is None else v, K.new_empty(Np)
     for i in range(1, iterations + 1):
         sums.zero_()
         wrong = K.new_zeros(())
@@ -131,7 +130,7 @@ def iterate(
         if i > 1 and wrong.item() <= tol: break
     return u, v, i
 
-# %% ../nbs/04_transport.ipynb #30f3cb90
+# %% ../nbs/04_transport.ipynb #050617d2
 class Stream(NamedTuple):
     "A solution whose plan is T = u K v, with K where the costs were"
     transport:Transport
@@ -150,8 +149,8 @@ def stream_(
 )->Stream:
     "Entropic optimal transport between uniform masses, Eq. 4, in the memory of the costs"
     (N, Np) = M.shape
-    f0, g0 = absorb_(M, eps, g, finish)
-    u, v, done = iterate(M, iterations, tol)
+    f0, g0, v = absorb_(M, eps, g, finish)
+    u, v, done = iterate(M, iterations, tol, v)
     rows, heat = torch.empty_like(u), torch.empty_like(u)      # row sums of the plan, and of T log K
     for s in chunks(M):
         torch.mv(M[s], v, out=rows[s])

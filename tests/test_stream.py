@@ -43,8 +43,8 @@ def test_account_and_blocks(N, Np, seed, eps, rows):
 def test_in_place_and_a_one_in_every_row():
     M = matrix(50, 30, 0, torch.float32)
     at = M.data_ptr()
-    f0, g0 = absorb_(M, 0.01)
-    assert M.data_ptr() == at and torch.equal(M.amax(1), torch.ones(50)) and M.min() >= torch.tensor(FLOOR).exp()*0.999
+    f0, g0, _ = absorb_(M, 0.01)
+    assert M.data_ptr() == at and torch.equal(M.amax(1), torch.ones(50)) and torch.equal(M.amax(0), torch.ones(30)) and M.min() >= torch.tensor(FLOOR).exp()*0.999
 
 def test_stops_at_the_tolerance():
     M = matrix(60, 40, 3)
