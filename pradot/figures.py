@@ -8,7 +8,7 @@ __all__ = ['OKABE', 'STYLE', 'METHODS', 'style', 'panels', 'Case', 'cases', 'acc
            'patches', 'restore', 'colours', 'Sample', 'sample', 'pairwise', 'project', 'by_place', 'cloud', 'key',
            'sharing']
 
-# %% ../nbs/09_figures.ipynb #6e55ea9b
+# %% ../nbs/09_figures.ipynb #0b24bb6e
 import os, time, warnings
 from dataclasses import asdict, replace
 from typing import NamedTuple
@@ -21,13 +21,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cost import check_alpha, grid, unit
+from .cost import blocks, check_alpha, grid, unit
 from .data import Category, InputError, PUBLISHED, Record
 from .detector import LIGHT, PAPER, Config, Pradot
 from .experiment import LOADERS, categories_in, machine, versions
 from .features import as_image, batches
 from .toy import tray
-from .transport import Transport, blocks, plan_blocks
+from . import transport
+from .transport import Transport, plan_blocks
 
 # %% ../nbs/09_figures.ipynb #42b5b703
 OKABE = dict(black='#000000', orange='#e69f00', sky='#56b4e9', green='#009e73', yellow='#f0e442', blue='#0072b2',
@@ -248,7 +249,7 @@ def arrows(
                   alpha=alpha, width=.0045, headwidth=4, headlength=5, headaxislength=4.5)
     return ax
 
-# %% ../nbs/09_figures.ipynb #3d3df248
+# %% ../nbs/09_figures.ipynb #58b3805d
 class Patches(NamedTuple):
     "What the prototypes of one stage and α look like"
     pixels:np.ndarray # (n, H, W, h, w, 3) uint8
@@ -289,7 +290,7 @@ def patches(
 
 def _most_alike(q, u): # (N_p, D), (N, D) of length 1 -> the greatest cosine (N_p,), and the row of u that has it
     best, row = q.new_full((len(q),), -torch.inf), torch.zeros(len(q), dtype=torch.long, device=q.device)
-    for s in blocks(len(u), len(q)*q.element_size()):
+    for s in blocks(len(u), len(q)*q.element_size(), transport.BUDGET):
         c, i = (q @ u[s].T).max(1)                                                                 # (N_p, rows)
         closer = c > best
         best, row = torch.where(closer, c, best), torch.where(closer, i + s.start, row)

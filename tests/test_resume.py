@@ -17,8 +17,8 @@ START = [sys.executable, '-c', 'import sys; from pradot.cli import main; sys.exi
 @pytest.fixture(scope='module')
 def words():
     root = tray().train[0].path.parents[3]
-    return ['fit', '--dataset', 'mvtec_loco', '--data', root, '--category', 'tray', '--backbone', 'small', '--n', 2, '--epochs', 60,
-            '--batch-size', 16, '--iterations', 20, '--image-size', 112, '--solver', 'stream', '--warm', '--stages', 2, '--alphas', 0.3,
+    return ['fit', '--dataset', 'mvtec_loco', '--data', root, '--category', 'tray', '--backbone', 'small', '--n', 3, '--epochs', 40,
+            '--batch-size', 16, '--iterations', 20, '--image-size', 160, '--solver', 'stream', '--warm', '--stages', 2, '--alphas', 0.3,
             '--device', 'cpu']
 
 def start(words, out, *more):
