@@ -111,6 +111,8 @@ def _settings_words(p):
     add('epochs', 'passes over the images', type=int)
     add('batch-size', 'images a step', type=int)
     add('products', 'precision of the matrix products', choices=PRODUCTS)
+    add('cut', 'leave out entries of K below this (--solver stream), once most are', type=float, metavar='SHARE')
+    add('memory', 'that the matrix of a step may take (--solver stream); 0 is no limit', type=float, metavar='GIB')
     add('still', 'end when prototypes move less than this share of their length', type=float, metavar='SHARE')
     add('seed', 'of everything random', type=int)
     g = p.add_argument_group('where the paper\'s text and the released code differ')
