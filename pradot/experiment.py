@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOADERS', 'METRICS', 'NOTE', 'truth', 'released_truth', 'evaluate', 'read_map', 'score', 'Run', 'machine', 'versions',
-           'peak_memory', 'measure', 'read_row', 'grid', 'results', 'table', 'summary', 'paper_table', 'variants',
-           'categories_in', 'compare', 'reproduce', 'made_by']
+           'reset_peak', 'peak_memory', 'measure', 'read_row', 'grid', 'results', 'table', 'summary', 'paper_table',
+           'variants', 'categories_in', 'compare', 'reproduce', 'made_by']
 
 # %% ../nbs/08_experiment.ipynb #e9891577
 import hashlib, json, logging, os, platform, sys, time, traceback, warnings
@@ -177,7 +177,7 @@ def versions()->dict:
     return dict(pradot=__version__, python=platform.python_version(),
                 **{k: version(k) for k in ('torch', 'torchvision', 'pot', 'numpy', 'pillow')})
 
-def _reset_peak():
+def reset_peak():
     "Forget the highest memory so far, where Linux lets us"
     try: Path('/proc/self/clear_refs').write_text('5')
     except OSError: pass
@@ -199,7 +199,7 @@ def measure(
 )->dict:                   # One row, ready for JSON
     "Learn and evaluate: one run"
     if threads: torch.set_num_threads(threads)
-    _reset_peak()
+    reset_peak()
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter('always')
         category = LOADERS[run.dataset](run.root, run.category)
