@@ -49,7 +49,7 @@ def check(
     except Wrong as e: return Verdict(False, str(e))
     return Verdict(False, wrong) if wrong else Verdict(True, shows)
 
-# %% ../nbs/11_course.ipynb #89865145
+# %% ../nbs/11_course.ipynb #79b75235
 def _what(x): # an answer in words
     if x is None: return '`None` (does a function lack its `return`?)'
     if isinstance(x, str): return 'text'
@@ -72,7 +72,8 @@ def array(
             raise Wrong(f'This should be {read.wanted}; its shape is {a.shape}.')
         if not np.isfinite(a).all():
             at = [int(i) for i in np.argwhere(~np.isfinite(a))[0]]
-            raise Wrong(f'Entry {at} is {a[tuple(at)]}: every entry must be a finite number.')
+            where = f'Entry {at}' if at else 'It'
+            raise Wrong(f'{where} is {a[tuple(at)]}, which is not a finite number.')
         return a.astype(float)
     read.wanted = free
     return read
@@ -85,8 +86,7 @@ def number(
     read = array()
     def one(answer):
         if isinstance(answer, (bool, np.bool_)): raise Wrong(f'This should be a number; it is `{answer}`.')
-        try: x = float(read(answer))
-        except Wrong: raise Wrong(f'This should be a number; it is {_what(answer)}.') from None
+        x = float(read(answer))
         if not low <= x <= high: raise Wrong(f'{x:.4g} cannot be: it must lie between {low:g} and {high:g}.')
         return x
     one.wanted, read.wanted = 'a number', 'a number'
