@@ -49,3 +49,19 @@ def test_the_function_says_which_equation_it_is(equation, name, said):
 @pytest.mark.parametrize('page', PAGES)
 def test_links_lead_to_pages(page):
     for link in re.findall(r'\]\(([^)#]+\.ipynb)', text(page)): assert (LEARN/link).resolve().is_file(), link
+
+def pictures(cells): return [''.join(o['data']['image/png']) for c in cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+
+def test_slides_show_the_figures_of_the_lessons():
+    "A figure that was drawn anew must be taken into the slides anew: run slides.ipynb"
+    cells = json.loads((LEARN/'slides.ipynb').read_text(encoding='utf-8'))['cells']
+    calls = [(c, m) for c in cells if (m := re.search(r"^figure\('(\w+)', '(.*)'\)$", ''.join(c['source']), re.M))]
+    assert len(calls) > 15
+    for cell, m in calls:
+        lesson = json.loads((LEARN/f'{m[1]}.ipynb').read_text(encoding='utf-8'))['cells']
+        begin = m[2].replace("\\'", "'")
+        theirs = next(c for c in lesson if f'#| fig-cap: {begin}' in ''.join(c['source']))
+        alt = [re.search(r'#\| fig-alt: (.*)', ''.join(c['source']))[1] for c in (cell, theirs)]
+        assert alt[0] == alt[1], f'{m[1]}: {begin}'
+        mine, = pictures([cell])
+        assert mine.strip() == pictures([theirs])[0].strip(), f'{m[1]}: {begin}'
