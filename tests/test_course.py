@@ -24,11 +24,13 @@ def cells(lesson): return json.loads((LEARN/f'{lesson}.ipynb').read_text(encodin
 def source(cell): return ''.join(cell['source'])
 
 def asks(cell): # the name of an exercise's answer, if the cell is one
-    if cell['cell_type'] != 'code' or not re.search(r'^check\(', source(cell), re.M) or '...' not in source(cell): return
+    if cell['cell_type'] != 'code': return
+    answers = re.findall(r'^(?:def )?(\w+)(?: =|\(.*\):) \.\.\.', source(cell), re.M)
+    if not answers: return
+    assert len(answers) == 1, 'one answer in an exercise'
     call = ast.parse(source(cell)).body[-1].value
     assert isinstance(call, ast.Call) and call.func.id == 'check', 'the last line of an exercise is its check'
-    assert isinstance(call.args[0], ast.Name), 'what is checked has a name'
-    return call.args[0].id
+    return answers[0]
 
 def solution(cell): # the code of a folded solution
     assert cell['cell_type'] == 'markdown' and source(cell).startswith('<details>\n<summary>Solution'), source(cell)[:80]
