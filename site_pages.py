@@ -17,7 +17,7 @@ FOLDED = 'paper/', 'beyond/', 'benchmarks/'          # pages that are about resu
 ASIDE = r'```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\[[^\]]*\](?:\([^)]*\))?|^#.*?$|<[^>]+>'  # no links are made in these
 MENTION = re.compile(rf'({ASIDE})|\b(Eq\.|Equation|Figure|Table|Algorithm)\s(\d+)[a-z]?\b', re.M | re.S)
 TAG = re.compile(r'\$\$((?:(?!\$\$).)*?)\s*\\tag\{(\w+)\}\s*\$\$', re.S)
-TAGGED = re.compile(r'(?:\\tag\{|\{#equation-)(\w+)[ }]')   # before and after
+ANCHOR = re.compile(r'\{#(equation)-(\w+) ')           # what `prose` makes of a tag
 BADGE = re.compile(r'\[!\[[^\]]*\]\([^)]*colab-badge\.svg\)\]\(([^)]+)\)')
 
 def text(cell): return ''.join(cell['source'])
@@ -63,7 +63,8 @@ def targets(pages):
         if '/' in page: continue                     # an equation's home is in the library
         for cell in nb['cells']:
             if cell['cell_type'] == 'markdown':
-                for n in TAGGED.findall(text(cell)): found['Equation', n] = page, f'#equation-{n}'
+                for rule in (TAG, ANCHOR):
+                    for m in rule.finditer(text(cell)): found['Equation', m[2]] = page, f'#equation-{m[2]}'
     return found
 
 def link(source, page, found):
