@@ -95,6 +95,7 @@ def prepare(pages):
         for cell in nb['cells']:
             if cell['cell_type'] == 'markdown': prose(cell, page, found)
             if cell['cell_type'] == 'code': offline(cell); lighter(cell); fold(cell, page)
+            cell['source'] = text(cell).splitlines(True)    # Quarto would lose the line breaks of one string
 
 if __name__ == '__main__':
     here = Path.cwd()

@@ -145,7 +145,9 @@ def test_prepared_pages_need_no_network(pages_script, small):
 
 def test_prepared_pages_link_to_what_they_name(pages_script, small):
     pages_script.prepare(small)
-    cost, fig = small['03_cost.ipynb']['cells'][0]['source'], small['paper/fig4_assignments.ipynb']['cells'][1]['source']
+    cells = small['03_cost.ipynb']['cells'][0], small['paper/fig4_assignments.ipynb']['cells'][1]
+    assert all(isinstance(line, str) and line.count('\n') <= 1 for c in cells for line in c['source'])   # as Quarto wants them
+    cost, fig = map(source, cells)
     assert cost == ('By [Eq. 1](#equation-1), and Eq. 1, and `Eq. 1`\n\n[$$C = 1 . \\qquad (1)$$]{#equation-1 .equation}\n\n'
                     '# Equation 1\n\n[Figure 4b](paper/fig4_assignments.ipynb), Table 9.')
     assert fig == 'Figure 4 draws [Equation 1](../03_cost.ipynb#equation-1) [see Eq. 1, here](x.html).'
