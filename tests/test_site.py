@@ -2,6 +2,8 @@
 PRADOT_SITE=_docs checks a rendered site as well (nbdev_docs makes it)."""
 import base64
 import copy
+import functools
+import importlib
 import importlib.util
 import io
 import json
@@ -92,6 +94,16 @@ def test_citations_have_an_entry(root, notebooks):
 def test_an_equation_has_one_home_in_the_library(notebooks):
     tags = [t for n, nb in notebooks.items() if '/' not in n for t in re.findall(r'\$\$[^$]*\\tag\{(\w+)\}', prose(nb))]
     assert sorted(tags) == ['1', '2', '3', '4', '5', '6']
+
+def test_names_in_prose_exist(notebooks):
+    wrong = []
+    for n, nb in notebooks.items():
+        text = '\n'.join(source(c) for c in nb['cells'] if c['cell_type'] == 'markdown')
+        for dotted in set(re.findall(r'`pradot\.(\w+(?:\.\w+)+)`', text)):
+            module, *rest = dotted.split('.')
+            try: functools.reduce(getattr, rest, importlib.import_module(f'pradot.{module}'))
+            except (ImportError, AttributeError): wrong.append(f'{n}: pradot.{dotted}')
+    assert wrong == []
 
 def test_pages_that_say_how_to_cite_agree(root):
     cff = yaml.safe_load((root/'CITATION.cff').read_text(encoding='utf-8'))
