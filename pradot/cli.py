@@ -111,6 +111,8 @@ def _settings_words(p):
     add('epochs', 'passes over the images', type=int)
     add('batch-size', 'images a step', type=int)
     add('products', 'precision of the matrix products', choices=PRODUCTS)
+    add('cut', 'leave out entries of K below this (--solver stream), once most are', type=float, metavar='SHARE')
+    add('memory', 'that the matrix of a step may take (--solver stream); 0 is no limit', type=float, metavar='GIB')
     add('still', 'end when prototypes move less than this share of their length', type=float, metavar='SHARE')
     add('seed', 'of everything random', type=int)
     g = p.add_argument_group('where the paper\'s text and the released code differ')
@@ -248,14 +250,14 @@ NAMES = dict(image_auroc='image AU-ROC', pixel_auroc='pixel AU-ROC', au_pro='AU-
 def table(
     result:dict # From `evaluate`
 )->pd.DataFrame: # One row a kind of anomaly and one for all, in per cent
-    "The headline metrics as a table, under the published protocol and in its last row under the released code's"
+    "The headline metrics as a table; each row says by which protocol, the last one by the released code's"
     limits = dict(zip(NAMES, (None, None, '0.3', '0.05')))
     def row(d):
         at = {k: d[k][limit] if isinstance(d.get(k), dict) else d.get(k) for k, limit in limits.items()}
         return {name: 100*at[k] for k, name in NAMES.items() if at[k] is not None}
-    rows = {'all': row(result)} | {k.replace('_', ' '): row(d) for k, d in result['kinds'].items()}
-    if 'released' in result: rows['all, released protocol'] = row(result['released'])
-    return pd.DataFrame(rows).T
+    rows = [('all', 'mvtec', result), *((k.replace('_', ' '), 'mvtec', d) for k, d in result['kinds'].items())]
+    if 'released' in result: rows.append(('all', 'released', result['released']))
+    return pd.DataFrame([dict(protocol=p) | row(d) for _, p, d in rows], [name for name, *_ in rows])
 
 # %% ../nbs/10_cli.ipynb #461107a9
 def reproduce_(args):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRODUCTS', 'CHUNK', 'grid', 'structural', 'unit', 'check_alpha', 'products', 'cosines', 'cost', 'checked_structure',
-           'blocks', 'chunks', 'costs_in_place', 'normalised_cost']
+           'blocks', 'chunks', 'Costs', 'matrix_costs', 'pair_costs', 'normalised_cost']
 
 # %% ../nbs/03_cost.ipynb #653254a1
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,28 +119,58 @@ def blocks(
 
 def chunks(
     M:Tensor # (N, N_p)
-)->Iterator[slice]:
-    "Slices of rows that fit in a processor's cache; on a GPU, all rows"
-    return blocks(len(M), M.shape[1]*M.element_size(), CHUNK if M.device.type == 'cpu' else 1 << 62)
+)->list[slice]:
+    "Slices of rows that fit in a processor's cache; on a GPU, larger ones"
+    return list(blocks(len(M), M.shape[1]*M.element_size(), CHUNK if M.device.type == 'cpu' else 64*CHUNK))
+
+# %% ../nbs/03_cost.ipynb #1636c264
+class Costs(NamedTuple):
+    "A matrix of costs (N, N_p) that is read some rows at a time"
+    read:Callable           # f(rows, plus, out): the costs of these rows with `plus` (N_p,) added, written to `out`
+    rows:list[slice]        # Rows that are best read together
+    like:Tensor             # Any tensor of the same type on the same device
+    shape:tuple[int,int]    # N, N_p
+    room:Tensor|None = None # (N, N_p) memory for whoever has read the costs; float16 or as `like`; writing overwrites them
+
+def matrix_costs(
+    M:Tensor # (N, N_p) costs; will be overwritten
+)->Costs:
+    "The costs in a matrix that is there"
+    return Costs(lambda rows, plus, out: torch.add(M[rows], plus, out=out), chunks(M), M, tuple(M.shape), M)
 
 # %% ../nbs/03_cost.ipynb #e27572f8
-def costs_in_place(
-    X:Tensor,  # (B*H*W, n*H*W) cosines
-    S:Tensor,  # (H*W, H*W) structural cost
-    alpha:float# In [0, 1]
-)->Callable:   # f(rows, x): changes x = X[rows] from cosines to costs, in place
-    "The second half of Eq. 3"
-    most = 1 - X.min().item()                                  # max M_feat
+def pair_costs(
+    z:Tensor,             # (B, H, W, D) embeddings
+    p:Tensor,             # (n, H, W, D) prototypes on the same grid
+    alpha:float,          # In [0, 1]
+    S:Tensor|None=None,   # (H*W, H*W) structural cost; None is that of Eq. 1
+    kind:str='float32',   # Precision of the product
+    room:Tensor|None=None # (B*H*W, n*H*W) to keep the cosines in; without, or if it is float16, rows are made anew
+)->Costs:
+    "The costs of Eq. 3 between all embeddings of a batch and all prototypes"
+    S = checked_structure(z, p, alpha, S)
+    u, q = unit(z).flatten(0, 2), unit(p).flatten(0, 2)        # (B*H*W, D), (n*H*W, D)
+    N, Np, HW, kept = len(u), len(q), len(S), room is not None and room.dtype == z.dtype
+    if kept:
+        with products(kind): torch.mm(u, q.T, out=room)
+        rows, least = chunks(room), room.amin(1).min().item()
+        def some(s): return room[s]
+    else:
+        rows = list(blocks(N, Np*z.element_size(), 4*CHUNK if z.device.type == 'cpu' else 64*CHUNK))
+        def some(s):
+            with products(kind): return torch.mm(u[s], q.T)
+        least = min(some(s).min().item() for s in rows)
+    most = 1 - least                                           # max M_feat
     if not abs(most) <= 3:
         raise InputError('features or prototypes hold values that are not finite; check the weights file and the images')
-    scale = 0. if most <= 8*torch.finfo(X.dtype).eps else (1 - alpha)/most # all alike but for rounding: free of charge
-    HW, far = len(S), S.max().item()
-    place = S*(alpha/far) if alpha and far else None
-    def finish(rows, x):
-        x.mul_(-scale).add_(scale).clamp_(min=0)
+    scale = 0. if most <= 8*torch.finfo(z.dtype).eps else (1 - alpha)/most # all alike but for rounding: free of charge
+    place = S*(alpha/far) if alpha and (far := S.max().item()) else None
+    def read(s, plus, out):
+        torch.add(plus + scale, some(s), alpha=-scale, out=out)
         if place is not None:
-            x.view(len(x), -1, HW).add_(place[torch.arange(rows.start, rows.stop, device=X.device) % HW][:, None])
-    return finish
+            out.view(len(out), -1, HW).add_(place[torch.arange(s.start, s.stop, device=out.device) % HW][:, None])
+        return out
+    return Costs(read, rows, z, (N, Np), room)
 
 def normalised_cost(
     z:Tensor,            # (B, H, W, D) embeddings
@@ -149,8 +180,6 @@ def normalised_cost(
     kind:str='float32'   # Precision of the product
 )->Tensor:               # (B*H*W, n*H*W), values in [0, 1]
     "Eq. 3 between all embeddings of a batch and all prototypes"
-    S = checked_structure(z, p, alpha, S)
-    M = cosines(z, p, kind)
-    finish = costs_in_place(M, S, alpha)
-    for s in chunks(M): finish(s, M[s])
-    return M
+    C = pair_costs(z, p, alpha, S, kind, z.new_empty(z[..., 0].numel(), p[..., 0].numel()))
+    for s in C.rows: C.read(s, z.new_zeros(C.shape[1]), C.room[s]).clamp_(min=0)
+    return C.room

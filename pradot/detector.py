@@ -44,6 +44,8 @@ class Config:
     batch_size:int=64                 # B: images a step
     seed:int=0                        # Of initial prototypes, batches, images held back, and random weights
     products:str='float32'            # Precision of the matrix products: 'float32', 'tf32', 'bf16'
+    cut:float=0.                      # Solver 'stream' leaves out entries of K below this, once most are; 0 keeps all
+    memory:float=0.                   # GiB that the matrix of a step may take with 'stream', see `working_room`; 0 is no limit
     still:float=0.                    # End when prototypes move less than this share of their length a step; 0 never
     # where the authors' released code differs from the text
     solver:str='kernel'               # 'kernel', 'log' or 'stream'; the released code: 'log'
@@ -92,6 +94,8 @@ class Config:
         number('batch_size', int, lambda v: v >= 1, 'a whole number of images, at least 1')
         number('seed', int, lambda v: 0 <= v < 2**63, 'a whole number, at least 0')
         number('held_out', float, lambda v: 0 <= v < 1, 'at least 0 and below 1 (a share of the images)')
+        number('cut', float, lambda v: 0 <= v < 1, 'at least 0 and below 1 (a share of the largest entry)')
+        number('memory', float, lambda v: 0 <= v < math.inf, 'at least 0 (GiB; 0 is no limit)')
         number('still', float, lambda v: 0 <= v < math.inf, 'at least 0')
         choice('solver', list(SOLVERS)); choice('start', list(STARTS)); choice('products', list(PRODUCTS))
         for k in ('warm', 'squared', 'corners', 'nominal', 'drop_last', 'relative', 'align_corners'):
@@ -100,7 +104,7 @@ class Config:
 PAPER = Config()
 OFFICIAL = Config(weights='timm', tol=0., solver='log', squared=False, corners=True, start='uniform', nominal=True,
                   held_out=0.2, drop_last=True, relative=True, align_corners=True) # What the authors' released code does
-FAST = Config(solver='stream', warm=True, iterations=5, tol=0.02, products='bf16') # The paper's result for the least work
+FAST = Config(solver='stream', warm=True, iterations=10, tol=0.01, cut=1e-6) # The paper's result for the least work
 LIGHT = Config(backbone='small', image_size=160, n=4, batch_size=16, iterations=10, eta=0.9, epochs=10) # No download, two cores
 PRESETS = dict(paper=PAPER, official=OFFICIAL, fast=FAST, light=LIGHT)
 
@@ -135,7 +139,7 @@ def _digest(meta, tensors):
 FORMAT = 1 # Of the model file; raised when an older pradot could no longer read it
 
 _LEARNING = ('n', 'eps', 'iterations', 'tol', 'eta', 'epochs', 'batch_size', 'warm', 'seed', 'solver', 'start', 'nominal',
-             'drop_last', 'still') # settings that `learn` takes under the same name
+             'drop_last', 'cut', 'still') # settings that `learn` takes under the same name
 
 def _write_state(path, state):
     "A dict of tensors, things for JSON, and tuples of both, as one safetensors file"
@@ -260,6 +264,7 @@ class Pradot:
     def _learn(self, Z, V, a, stepped, bar, parts, mark):
         "Prototypes, history and seconds of one stage and α: learnt, gone on with, or read"
         c, how = self.config, {k: getattr(self.config, k) for k in _LEARNING}
+        how['budget'] = c.memory*2**30 or math.inf
         def learnt(keep=None, begin=None, spent=0.):
             start = time.perf_counter()
             l = learn(Z, a, **how, device=self.device, each=stepped, S=self._structure(Z, a), held=V, kind=c.products,

@@ -115,7 +115,7 @@ def _full(e, root, then):
     return InputError(f'{root} cannot be written ({e.strerror or e}); {do} and run the same again: {then}')
 
 # %% ../nbs/00a_download.ipynb #c439c351
-def _not(archive, why): raise InputError(f'{archive} {why}; it is not unpacked')
+def _not(archive, why): raise InputError(f'{archive} {why}; it is not unpacked: remove it and look for another source')
 
 class _Bounded:
     "A forward stream of at most `most` bytes, in pieces of at most 1 MiB"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOADERS', 'METRICS', 'NOTE', 'truth', 'released_truth', 'evaluate', 'read_map', 'score', 'Run', 'machine', 'versions',
-           'peak_memory', 'measure', 'read_row', 'grid', 'results', 'table', 'summary', 'paper_table', 'variants',
-           'categories_in', 'compare', 'reproduce', 'made_by']
+           'reset_peak', 'peak_memory', 'measure', 'read_row', 'grid', 'results', 'table', 'summary', 'paper_table',
+           'variants', 'categories_in', 'compare', 'reproduce', 'made_by']
 
 # %% ../nbs/08_experiment.ipynb #e9891577
 import hashlib, json, logging, os, platform, sys, time, traceback, warnings
@@ -177,7 +177,7 @@ def versions()->dict:
     return dict(pradot=__version__, python=platform.python_version(),
                 **{k: version(k) for k in ('torch', 'torchvision', 'pot', 'numpy', 'pillow')})
 
-def _reset_peak():
+def reset_peak():
     "Forget the highest memory so far, where Linux lets us"
     try: Path('/proc/self/clear_refs').write_text('5')
     except OSError: pass
@@ -199,17 +199,20 @@ def measure(
 )->dict:                   # One row, ready for JSON
     "Learn and evaluate: one run"
     if threads: torch.set_num_threads(threads)
-    _reset_peak()
+    reset_peak()
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter('always')
         category = LOADERS[run.dataset](run.root, run.category)
-        model = Pradot(run.config, device).fit(category.train, progress, category.validation, cache)
+        model = Pradot(run.config, device)
+        if model.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(model.device)
+        model.fit(category.train, progress, category.validation, cache)
         begin = time.perf_counter()
         metrics = evaluate(model, category, progress=progress)
     seconds = {k: round(s, 2) for k, s in (model.seconds | dict(evaluate=time.perf_counter() - begin)).items()}
     config = asdict(run.config)
     if config['weights']: config['weights'] = Path(config['weights']).name
-    gpu = dict(peak_gpu_gib=round(torch.cuda.max_memory_allocated()/2**30, 2)) if model.device.type == 'cuda' else {}
+    gpu = {}
+    if model.device.type == 'cuda': gpu['peak_gpu_gib'] = round(torch.cuda.max_memory_allocated(model.device)/2**30, 2)
     return dict(dataset=run.dataset, category=run.category, hash=run.hash, seed=run.config.seed, config=config,
                 metrics=metrics, seconds=seconds, peak_memory_gib=round(peak_memory() or 0, 2), **gpu,
                 images=dict(train=len(category.train), validation=len(category.validation), test=len(category.test)),
@@ -295,7 +298,7 @@ def table(
 
 def summary(
     rows:Iterable[dict],  # From `grid` or `results`
-    metrics=('image_auroc', 'pixel_auroc', 'au_pro', 'au_spro') # Those wanted, as in `table` without the first `metrics.`
+    metrics=('image_auroc', 'pixel_auroc', 'au_pro', 'au_spro') # Columns of `table` without `metrics.`; also released.…
 )->pd.DataFrame:          # Indexed by data set, category and hash: number of seeds, mean and std of each metric
     "Mean and standard deviation (of a sample; NaN for one) over seeds"
     t = table(rows)
@@ -365,6 +368,12 @@ def _printed(number, dataset, metric, **where):
     for k, v in where.items(): t = t[t[k].isin(v)] if isinstance(v, set) else t[t[k] == v]
     return t['value'].mean() if len(t) else np.nan
 
+def _measured(dataset, rows):
+    "Test images that were measured, of those published, in the categories of some rows"
+    have, published = {r['category']: r['images']['test'] for r in rows}, PUBLISHED[dataset]
+    whole = sum(n for c in have for p, n in zip(published.parts, published.counts[c]) if p.startswith('test'))
+    return f'{sum(have.values())}/{whole}'
+
 def compare(
     number:int,        # 1 to 4: a table of the paper
     rows:list[dict],   # From `grid`
@@ -385,10 +394,12 @@ def compare(
                     here = _printed(3 if dataset == 'mvtec_loco' else 4, dataset, metric, category=group)
                     if c != config: here = np.nan                                    # Tables 3 and 4 are of the full method
                     for protocol in ('mvtec', 'released'):
-                        ours = _seeds([r for r in mine if r['category'] in group], metric, protocol)
+                        some = [r for r in mine if r['category'] in group]
+                        ours = _seeds(some, metric, protocol)
                         if not ours: continue
                         lines.append(dict(
                             dataset=dataset, category=label, of=f'{len(group)}/{len(PUBLISHED[dataset].counts)}',
+                            images=_measured(dataset, some),
                             stages=stages, alphas=alphas, metric=metric, protocol=protocol, paper=paper, paper_here=here,
                             ours=np.mean(ours), std=np.std(ours, ddof=1) if len(ours) > 1 else np.nan, seeds=len(ours),
                             difference=np.mean(ours) - (paper if np.isnan(here) else here)))
@@ -399,7 +410,8 @@ def compare(
 NOTE = """`mvtec` is the published evaluation, `released` that of the authors' code (LOCO's AU-sPRO by it is not the
 published metric). `paper` is the mean over all categories, or one category; `paper_here` the paper's mean over the
 categories that were run, where it prints them; `ours` covers what was run (`of`). `difference` is `ours` less
-`paper_here`, or less `paper` where that is not known. All in per cent."""
+`paper_here`, or less `paper` where that is not known. `images` are the test images measured, of those published: where
+some are missing, so may whole kinds of anomalies, and ours is not the figure that the paper prints. All in per cent."""
 
 def reproduce(
     number:int,           # 1 to 4: a table of the paper

@@ -18,7 +18,8 @@ from .data import Defect, InputError, defect_of
 
 # %% ../nbs/07_metrics.ipynb #dd31a3f5
 def as_array(x):
-    "A torch tensor of any device, or anything numpy reads, as a numpy array."
+    "A torch tensor of any device, a list of them, or anything numpy reads, as a numpy array."
+    if isinstance(x, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in x): x = [as_array(v) for v in x]
     if not isinstance(x, torch.Tensor): return np.asarray(x)
     x = x.detach().cpu()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
@@ -429,7 +430,7 @@ class Evaluation:
         elif not marked: raise InputError(f'map {i} is of kind {kind} but has no mask; give one mask for each defect')
         elif not all(marked):
             raise InputError(f'map {i}, mask {marked.index(False)}: it marks no pixel; a defect needs at least one')
-        score = float(x.max() if score is None else score)
+        score = float(x.max() if score is None else as_array(score))
         if not np.isfinite(score): raise InputError(f'image {i} has the score {score}; it must be a finite number')
         if len(ch):
             s, names = self._areas(saturations, ch, i), self._names(names, ch, i)

@@ -469,6 +469,36 @@ def test_stored_maps_score_as_the_model_did(toy, judged, tmp_path):
     assert score(stored(tmp_path/'c', maps, lambda m: m[None]), toy, False) == found        # one channel, said so
     assert json.loads(json.dumps(found)) == found
 
+def test_the_top_of_the_json_of_evaluate_and_score(run, toy, data, tmp_path):
+    "The headline figures by name, each the one at its limit further below; every limit for every kind"
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        Pradot(FEW, 'cpu').fit(toy.train, progress=False).save(tmp_path/'m.safetensors')
+    where = '--dataset', 'mvtec_loco', '--data', data, '--category', 'tray'
+    code, out, err = run('evaluate', tmp_path/'m.safetensors', *where, '--device', 'cpu', '--out', 'a.json')
+    assert code == 0 and [l.split()[-5] for l in out.splitlines()[1:]] == ['mvtec']*3 + ['released'], err
+    model = Pradot.load(tmp_path/'m.safetensors', 'cpu')
+    stored(tmp_path/'maps', list(zip(toy.test, model.predict(toy.test, progress=False).maps)))
+    code, out, err = run('score', '--maps', tmp_path/'maps', *where, '--out', 'b.json')
+    assert code == 0 and [l.split()[-5] for l in out.splitlines()[1:]] == ['mvtec']*3, err
+    a, b = (json.loads(Path(f).read_text()) for f in ('a.json', 'b.json'))
+    assert b == {k: v for k, v in a.items() if k != 'released'}
+    for d in (a, a['released']):
+        kinds = d['kinds']
+        assert set(kinds) == {'logical_anomalies', 'structural_anomalies'}
+        for f in (*kinds.values(), d['mean'], d['pooled'], d['limits']):
+            assert all(list(f[k]) == ['0.01', '0.05', '0.1', '0.3', '1.0'] for k in ('au_pro', 'au_spro'))
+        for k in ('image_auroc', 'pixel_auroc', 'au_pro', 'au_spro', 'au_spro_logical', 'au_spro_structural'):
+            assert isinstance(d[k], float) and 0 <= d[k] <= 1
+        logical, structural = (kinds[f'{k}_anomalies'] for k in ('logical', 'structural'))
+        assert d['au_spro_logical'] == logical['au_spro']['0.05']
+        assert d['au_spro_structural'] == structural['au_spro']['0.05']
+        for k in ('image_auroc', 'pixel_auroc'): assert d[k] == pytest.approx((logical[k] + structural[k])/2)
+        assert d['au_spro'] == pytest.approx((d['au_spro_logical'] + d['au_spro_structural'])/2)
+        assert d['au_pro'] == d['limits']['au_pro']['0.3'] == pytest.approx((logical['au_pro']['0.3'] + structural['au_pro']['0.3'])/2)
+    assert a['protocol'] == 'mvtec' and a['released']['protocol'] == 'released'
+
 def numbers(d, path=''):
     parts = (numbers(x, f'{path}{i}.') if isinstance(x, dict) else {path + i: x} for i, x in d.items()
              if not isinstance(x, str))
@@ -582,7 +612,7 @@ def test_reproduce(run, sets, tmp_path):
     assert code == 0 and err == '' and 'pushpins' in out and 'difference' in out and 'out: table3.csv, table3.md' in out
     t = pd.read_csv('out/table3.csv')
     assert set(t['category']) == {'pushpins', 'mean'} and set(t['protocol']) == {'mvtec', 'released'}
-    assert set(t['of']) == {'1/5'}
+    assert set(t['of']) == {'1/5'} and set(t['images']) == {'8/310'} and '8/310' in out   # a part of pushpins
     assert (t['seeds'] == 2).all() and t['std'].notna().all()
     rows = results('out')
     assert sorted(r['seed'] for r in rows) == [0, 1]
@@ -650,8 +680,9 @@ def test_an_interrupted_table_says_that_it_goes_on(run, sets, monkeypatch):
     assert code == 130 and out == '' and err == 'pradot reproduce: stopped; the same command goes on from here\n'
 
 def test_the_folder_of_a_table_may_be_anywhere(sets, tmp_path, monkeypatch):
-    more = dict(config=dict(stages=[2, 3], alphas=[0., 0.3]), versions={}, date='today',
+    more = dict(config=dict(stages=[2, 3], alphas=[0., 0.3]), versions={}, date='today', images=dict(test=310),
                 machine=dict(gpu=None, cpu='x', cores=1))
     monkeypatch.setattr(experiment, 'measure', lambda run, *a: pretend(run) | more)
     t, failed = reproduce(1, sets, tmp_path/'not'/'there'/'yet', FEW, progress=False)
     assert failed == [] and (tmp_path/'not'/'there'/'yet'/'table1.md').exists() and t['ours'].tolist() == [50.]
+    assert t['images'].tolist() == ['310/310']                         # of pushpins

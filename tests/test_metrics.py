@@ -181,6 +181,31 @@ def test_torch_is_numpy(images):
     assert evaluated(t).as_dict() == evaluated(images).as_dict()
 
 
+@pytest.mark.parametrize('device', ['cpu', 'cuda', 'mps'])
+def test_tensors_of_any_device(device):
+    "Maps, masks, areas and scores as tensors, also of those that a network has just made"
+    if device != 'cpu' and not getattr(torch, device).is_available(): pytest.skip(f'no {device} here')
+    rng = np.random.default_rng(4)
+    maps = rng.random((4, 7, 9)).astype(np.float32)
+    masks = [rng.random((2, 7, 9)) < .3 for _ in range(2)] + [np.zeros((1, 7, 9), bool)]*2
+    areas = [c.sum((1, 2))//2 for c in masks[:2]] + [()]*2
+    ours = evaluate_maps(maps, masks, areas, scores=maps.mean((1, 2))).as_dict()
+    def there(x): return torch.tensor(x, device=device)
+    t = there(maps).requires_grad_()
+    scores = there(maps.mean((1, 2)))
+    found = evaluate_maps(t, [there(c) for c in masks], [there(a) if len(a) else a for a in areas], scores=scores)
+    assert found.as_dict() == ours
+    flat = there(np.stack([c.any(0) for c in masks]))
+    assert pixel_auroc(t, flat) == ours['pooled']['pixel_auroc']
+    y = there(np.array([1, 1, 0, 0]))
+    for f, k in ((image_auroc, 'image_auroc'), (average_precision, 'image_ap'), (f1_max, 'image_f1')):
+        assert f(scores, y) == f(list(scores), list(y)) == ours['pooled'][k]
+    e = Evaluation()
+    for m, c, a in zip(t, masks, areas): e.update(m, [there(x) for x in c], list(there(a)) if len(a) else a, score=m.mean())
+    assert e.compute().pooled.au_spro == evaluate_maps(maps, masks, areas).pooled.au_spro
+    assert regions(flat[0])[0] == regions(masks[0].any(0))[0]
+
+
 @some
 @given(categories())
 def test_functions_agree(images):
