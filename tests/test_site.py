@@ -59,6 +59,16 @@ def test_every_figure_has_a_description(notebooks):
             and not re.search(r'^#\s*\|\s*fig-alt:\s*\S', source(c), re.M) and '#| hide' not in source(c)]
     assert bare == [], 'say in `#| fig-alt:` what the figure shows'
 
+def test_cell_options_are_yaml(notebooks):
+    "An unquoted `: ` in a description, say, stops the rendering of the whole site"
+    wrong = []
+    for n, nb in notebooks.items():
+        for c in nb['cells']:
+            lines = re.findall(r'^#\s*\| ?((?:fig|code|label|echo|tbl)[\w-]*:.*)$', source(c), re.M) if c['cell_type'] == 'code' else []
+            try: yaml.safe_load('\n'.join(lines))
+            except yaml.YAMLError as e: wrong.append(f'{n}: {str(e).splitlines()[0]} in {lines[0][:60]!r}')
+    assert wrong == []
+
 def test_every_notebook_opens_in_colab_and_installs_itself_there(notebooks):
     wrong = []
     for n, nb in notebooks.items():
