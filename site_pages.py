@@ -1,0 +1,108 @@
+"""What the site changes in its copies of the notebooks (_proc/), before Quarto reads them; the notebooks stay as they are.
+
+Quarto runs it (`pre-render` in _quarto.yml). It makes pages that need no network, weigh little and link to each other:
+tables and widgets without scripts from elsewhere, pictures as JPEG where PNG is heavy, long code folded, a link to Colab
+instead of a badge, an anchor at each numbered equation and a link at each mention of one, of a figure, table or algorithm."""
+import base64
+import io
+import json
+import os
+import re
+import sys
+from pathlib import Path, PurePosixPath
+
+HEAVY, LONG = 150_000, 8                             # bytes of a PNG, lines of code
+FOLDED = 'paper/', 'beyond/', 'benchmarks/'          # pages that are about results: long code is folded there
+
+ASIDE = r'```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\[[^\]]*\](?:\([^)]*\))?|^#.*?$|<[^>]+>'  # no links are made in these
+MENTION = re.compile(rf'({ASIDE})|\b(Eq\.|Equation|Figure|Table|Algorithm)\s(\d+)[a-z]?\b', re.M | re.S)
+TAG = re.compile(r'\$\$((?:(?!\$\$).)*?)\s*\\tag\{(\w+)\}\s*\$\$', re.S)
+ANCHOR = re.compile(r'\{#(equation)-(\w+) ')           # what `prose` makes of a tag
+BADGE = re.compile(r'\[!\[[^\]]*\]\([^)]*colab-badge\.svg\)\]\(([^)]+)\)')
+
+def text(cell): return ''.join(cell['source'])
+
+def offline(cell):
+    "Tables as HTML in Markdown, no widgets: any other HTML or JavaScript output makes Quarto load scripts from a network"
+    for o in cell.get('outputs', []):
+        data = o.get('data', {})
+        html = data.pop('text/html', None)
+        for kind in [k for k in data if 'javascript' in k or 'widget' in k]: del data[kind]
+        if html and 'text/markdown' not in data: data['text/markdown'] = f'```{{=html}}\n{"".join(html).strip()}\n```\n'
+    cell['outputs'] = [o for o in cell.get('outputs', []) if 'data' not in o or o['data']]
+
+def lighter(cell, heavy=HEAVY):
+    "Heavy PNG as JPEG"
+    from PIL import Image
+    for o in cell.get('outputs', []):
+        png = ''.join(o.get('data', {}).get('image/png', ''))
+        if len(png) < heavy: continue
+        image, file = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGBA'), io.BytesIO()
+        flat = Image.new('RGBA', image.size, 'white')
+        flat.alpha_composite(image)
+        flat.convert('RGB').save(file, 'JPEG', quality=90, subsampling=0, optimize=True)
+        del o['data']['image/png']
+        o['data']['image/jpeg'] = base64.b64encode(file.getvalue()).decode()
+
+def fold(cell, page):
+    "Imports, and long code on a page about results, are shown on demand"
+    lines = [l for l in text(cell).splitlines() if l.strip() and not l.startswith('#|')]
+    if 'code-fold' in text(cell) or re.search(r'^#\s*\|\s*(hide|echo|include|export)', text(cell), re.M): return
+    imports = all(re.match(r'(import|from)\s|\s|\)|#', l) for l in lines)
+    if len(lines) > 2 and imports: what = 'Imports'
+    elif len(lines) > LONG and page.startswith(FOLDED): what = 'Code'
+    else: return
+    cell['source'] = f'#| code-fold: true\n#| code-summary: {what}\n' + text(cell)
+
+def targets(pages):
+    "Where each numbered thing of the paper is: ('Equation', '4') → ('04_transport.ipynb', '#equation-4')"
+    found = {}
+    for page, nb in sorted(pages.items()):
+        m = re.match(r'paper/(algorithm|fig|table)(\d+)', page)
+        if m: found[{'fig': 'Figure'}.get(m[1], m[1].capitalize()), m[2]] = page, ''
+        if '/' in page: continue                     # an equation's home is in the library
+        for cell in nb['cells']:
+            if cell['cell_type'] == 'markdown':
+                for rule in (TAG, ANCHOR):
+                    for m in rule.finditer(text(cell)): found['Equation', m[2]] = page, f'#equation-{m[2]}'
+    return found
+
+def link(source, page, found):
+    "Text with a link at the first mention of each thing that has its home elsewhere or in an equation of this page"
+    seen = set()
+    def one(m):
+        if m[1]: return m[1]
+        what = ('Equation' if m[2][:2] == 'Eq' else m[2]), m[3]
+        where, anchor = found.get(what, (page, ''))
+        if what in seen or where == page and not anchor: return m[0]
+        seen.add(what)
+        up = os.path.relpath(where, PurePosixPath(page).parent) if where != page else ''
+        return f'[{m[0]}]({up}{anchor})'
+    return MENTION.sub(one, source)
+
+def prose(cell, page, found):
+    "A badge becomes a link, mentions become links, tags become anchors with their number"
+    source = BADGE.sub(r'[Open in Colab](\1){.colab}', text(cell))
+    source = link(source, page, found)
+    cell['source'] = TAG.sub(r'[$$\1 \\qquad (\2)$$]{#equation-\2 .equation}', source)
+
+def prepare(pages):
+    "Change `pages`, {path: notebook}, in place; a second time changes nothing"
+    found = targets(pages)
+    for page, nb in pages.items():
+        if nb['metadata'].get('site'): continue
+        nb['metadata']['site'] = True
+        for cell in nb['cells']:
+            if cell['cell_type'] == 'markdown': prose(cell, page, found)
+            if cell['cell_type'] == 'code': offline(cell); lighter(cell); fold(cell, page)
+            cell['source'] = text(cell).splitlines(True)    # Quarto would lose the line breaks of one string
+
+if __name__ == '__main__':
+    here = Path.cwd()
+    if here.name != '_proc': sys.exit(f'{here} is not _proc: run nbdev_docs, or nbdev_proc_nbs and quarto in _proc')
+    files = {p.relative_to(here).as_posix(): p for p in here.rglob('*.ipynb') if '_docs' not in p.parts}
+    pages = {n: json.loads(p.read_text(encoding='utf-8')) for n, p in files.items()}
+    before = {n: json.dumps(nb) for n, nb in pages.items()}
+    prepare(pages)
+    for n, nb in pages.items():
+        if json.dumps(nb) != before[n]: files[n].write_text(json.dumps(nb, ensure_ascii=False), encoding='utf-8')
