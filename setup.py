@@ -15,7 +15,7 @@ setup(
     long_description_content_type='text/markdown',
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['pradot', 'pradot.*']),
-    package_data={'pradot': ['weights/*.safetensors', 'paper/*.csv']},
+    package_data={'pradot': ['weights/*.safetensors', 'paper/*.csv', 'results/*.json']},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
