@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HERE', 'FULL', 'stored', 'differing', 'away', 'nearest', 'part_name', 'spread', 'beside', 'same', 'said',
-           'provenance', 'part', 'bank', 'as_mvtec_ad']
+           'provenance', 'part', 'bank', 'standard_error', 'as_mvtec_ad']
 
 # %% ../nbs/08a_tables.ipynb #7bd39d3e
 import json, os
@@ -34,7 +34,7 @@ def stored(
         rows += found
     return list({(r['dataset'], r['category'], r['hash'], r['seed']): r for r in rows}.values())
 
-# %% ../nbs/08a_tables.ipynb #98db2404
+# %% ../nbs/08a_tables.ipynb #fcc89219
 _COUNTS = 'n', 'batch_size', 'epochs'
 _WORK = 'weights', 'iterations', 'tol', 'warm', 'products', 'still', 'solver'
 _PARTS = 'seed', 'stages', 'alphas'
@@ -60,10 +60,11 @@ def nearest(
 )->list[dict]:
     "For each category the rows of one setting, the nearest to the paper's, that the table is made of"
     wanted = {(c.stages, c.alphas) for c in variants(number, PAPER).values()}
+    datasets = {3: ['mvtec_loco'], 4: ['mvtec_ad']}.get(number, METRICS)
     def part(r): return tuple(r['config']['stages']), tuple(r['config']['alphas'])
     found = {}
     for r in rows:
-        if 'error' in r or part(r) not in wanted: continue
+        if 'error' in r or part(r) not in wanted or r['dataset'] not in datasets: continue
         setting = json.dumps({k: v for k, v in r['config'].items() if k not in _PARTS}, sort_keys=True)
         found.setdefault((r['dataset'], r['category']), {}).setdefault(setting, []).append(r)
     def rank(some): return -len({part(r) for r in some}), away(some[0]['config']), -len(some)
@@ -233,6 +234,16 @@ def bank(
     Z = extract(model.backbone, list(images), config.image_size, progress=False)               # {l: (N, H_l, W_l, D_l)}
     model.prototypes = {(l, a): Z[l].to(model.device) for l in config.stages for a in config.alphas}
     return model
+
+# %% ../nbs/08a_tables.ipynb #3ea0ba5b
+def standard_error(
+    auroc:float,   # In [0, 1]
+    good:int,      # Normal images
+    anomalous:int  # Anomalous images
+)->float:
+    "Of an AU-ROC, from the numbers of images alone (Hanley and McNeil)"
+    a, q1, q2 = auroc, auroc/(2 - auroc), 2*auroc**2/(1 + auroc)
+    return float(np.sqrt((a*(1 - a) + (anomalous - 1)*(q1 - a*a) + (good - 1)*(q2 - a*a))/(good*anomalous)))
 
 # %% ../nbs/08a_tables.ipynb #75ebed07
 def as_mvtec_ad(
