@@ -1,10 +1,8 @@
 "Stored runs beside the paper's tables, and the notebooks of the paper run from the command line."
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -147,3 +145,9 @@ def test_a_category_without_anomalies_of_a_kind_says_so(monkeypatch, tmp_path):
 def test_missing_nbclient_is_one_sentence(refused, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'nbclient', None)
     refused(['reproduce', 'fig4', '--out', tmp_path/'o'], "pip install 'pradot[notebooks]'")
+
+def test_an_interrupted_page_says_that_nothing_was_written(run, tmp_path, monkeypatch):
+    def stop(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(pages, 'execute', stop)
+    assert run('reproduce', 'fig4', '--out', tmp_path/'o') == (130, '', 'pradot reproduce: stopped; nothing was written\n')
+    assert not (tmp_path/'o').exists()
