@@ -15,9 +15,9 @@ setup(
     long_description_content_type='text/markdown',
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['pradot', 'pradot.*']),
-    package_data={'pradot': ['weights/*.safetensors', 'paper/*.csv']},
+    package_data={'pradot': ['weights/*.safetensors', 'paper/*.csv', 'results/*.json', 'notebooks/*.ipynb']},
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'notebooks': cfg['notebooks_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False)

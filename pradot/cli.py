@@ -26,12 +26,13 @@ from PIL import Image
 
 from . import __version__
 from .cost import PRODUCTS
-from .data import Category, InputError, Record, check_writable, folder, images, replacing, replacing_files
+from .data import Category, InputError, PUBLISHED, Record, check_writable, folder, images, replacing, replacing_files
 from .download import LICENCE, SOURCES, download_command
 from .detector import LIGHT, PRESETS, Config, Pradot
-from .experiment import LOADERS, NOTE, evaluate, reproduce, score
+from .experiment import LOADERS, NOTE, categories_in, evaluate, reproduce, score
 from .features import BACKBONES, memory_advice
 from .figures import overlay
+from .pages import pages, parameters, run_page
 from .prototypes import STARTS
 from .toy import tray
 from .transport import SOLVERS
@@ -184,16 +185,24 @@ def parser()->argparse.ArgumentParser:
     _data_words(p, ('mvtec_ad', 'mvtec_loco'))
     p.add_argument('--out', metavar='metrics.json', help='write all metrics there')
 
-    p = command('reproduce', reproduce_, 'run what a table of the paper needs, and print it beside the paper\'s numbers',
-                'What is in DIR already is not run again, so a killed command goes on where it was.')
-    p.add_argument('table', choices=TABLES, help='the table of the paper')
-    p.add_argument('--data', metavar='ROOT', required=True,
-                   help='folder with mvtec_ad/ and mvtec_loco/, or with categories; those not there are left out')
-    p.add_argument('--out', metavar='DIR', required=True, help='the table as CSV and Markdown, and the results of all runs')
-    p.add_argument('--categories', type=names, metavar='NAME,NAME', help='only these (default: all that are there)')
-    p.add_argument('--seeds', type=at_least_one, default=1, metavar='N', help='runs of each setting (default: 1)')
-    p.add_argument('--jobs', type=at_least_one, default=1, metavar='N', help='runs at a time (default: 1)')
-    p.add_argument('--device', **device)
+    p = command('reproduce', reproduce_, 'redo a table of the paper on your images, or run a notebook of the paper',
+                'table1 to table4 run all that the table needs and print it beside the paper\'s numbers; what is in DIR already '
+                'is not run again, so a killed command goes on where it was. Any other NAME is a notebook of the paper, such as '
+                'fig4: DIR gets it with its outputs, and its figures.')
+    p.add_argument('name', choices=(*TABLES, *pages()), metavar='NAME',
+                   help=f'{", ".join(TABLES)}, or a notebook: {", ".join(pages())}')
+    p.add_argument('--data', metavar='ROOT', help='folder with mvtec_ad/ and mvtec_loco/, or with categories; those not there '
+                   'are left out (required for tables; notebooks use the toy set without it)')
+    p.add_argument('--out', metavar='DIR', required=True,
+                   help='the table as CSV and Markdown, and the results of all runs; or the notebook and its figures as PNG')
+    g = p.add_argument_group('notebooks only, beside --weights')
+    g.add_argument('--full', action='store_true', help='at the paper\'s setting, which takes hours, rather than a small one')
+    g.add_argument('--runs', metavar='DIR', help='take the results of runs from there too: the --out of a table')
+    g = p.add_argument_group('tables only')
+    g.add_argument('--categories', type=names, metavar='NAME,NAME', help='only these (default: all that are there)')
+    g.add_argument('--seeds', type=at_least_one, metavar='N', help='runs of each setting (default: 1)')
+    g.add_argument('--jobs', type=at_least_one, metavar='N', help='runs at a time (default: 1)')
+    g.add_argument('--device', **(device | dict(default=None)))
     _settings_words(p)
 
     p = command('download', download_command, 'fetch a benchmark data set, verify and unpack it',
@@ -260,13 +269,30 @@ def table(
     return pd.DataFrame([dict(protocol=p) | row(d) for _, p, d in rows], [name for name, *_ in rows])
 
 # %% ../nbs/10_cli.ipynb #461107a9
+def _page(args):
+    "A notebook of the paper"
+    mine = {'command', 'run', 'name', 'out', 'data', 'full', 'weights', 'runs', 'preset'}
+    other = [k for k, v in vars(args).items() if k not in mine and v is not None] + ['preset']*(args.preset != 'paper')
+    if other:
+        raise InputError(f'--{other[0].replace("_", "-")} is for the tables; the notebook {args.name} takes --data, --full, '
+                         '--weights and --runs, and what else it does is written in its cells')
+    env = parameters(args.data, args.full, args.weights, args.runs)
+    notebook, *pictures = run_page(args.name, args.out, env)
+    print(f'{args.out}: {notebook.name}' + (f' and {len(pictures)} figure{"s" if len(pictures) > 1 else ""}' if pictures else ''))
+    there = {c for *_, c in categories_in(args.data)} if args.data else set()
+    if lacks := [c for p in PUBLISHED.values() for c in p.counts if c not in there and there]:
+        print(f'not run, because not in {args.data}: {", ".join(lacks)}')
+
 def reproduce_(args):
     "pradot reproduce"
-    number = TABLES[args.table]
-    found, failed = reproduce(number, args.data, args.out, _config(args), args.categories, args.seeds, args.jobs, args.device)
+    if args.name not in TABLES: return _page(args)
+    if args.full or args.runs: raise InputError(f'--{"full" if args.full else "runs"} is for notebooks; {args.name} takes the settings of --preset')
+    if not args.data: raise InputError(f'{args.name} needs --data ROOT, the folder that holds the categories')
+    found, failed = reproduce(TABLES[args.name], args.data, args.out, _config(args), args.categories, args.seeds or 1,
+                              args.jobs or 1, args.device or 'auto')
     blank = [c for c in found if found[c].isna().all()]
     print(found.drop(columns=blank).to_string(index=False, na_rep='-', float_format='%.1f'))
-    print(f'\n{NOTE}\n\n{args.out}: {args.table}.csv, {args.table}.md, and in runs/ a file for each run')
+    print(f'\n{NOTE}\n\n{args.out}: {args.name}.csv, {args.name}.md, and in runs/ a file for each run')
     if failed: raise InputError(f'{len(failed)} of the runs failed, see {Path(args.out)/"failed"}; the first: '
                                 f'{failed[0]["category"]}: {failed[0]["error"]}')
 
@@ -393,7 +419,8 @@ def main(argv:list[str]|None=None)->int:
     except InputError as e: print(f'pradot {args.command}: {e}', file=sys.stderr)
     except KeyboardInterrupt:
         then = 'nothing was written'
-        if args.command in ('download', 'reproduce'): then = 'the same command goes on from here'
+        if args.command == 'download' or args.command == 'reproduce' and args.name in TABLES:
+            then = 'the same command goes on from here'
         if args.command == 'fit' and Path(f'{args.out}.parts').is_dir():
             then = 'the same command with --resume goes on after the last finished epoch'
         print(f'pradot {args.command}: stopped; {then}', file=sys.stderr)

@@ -85,8 +85,12 @@ def cases(
     if test: found = [_few(c) for c in found[:1]]
     config = replace(config, **changes)
     how = 'a few images and steps' if test else "the paper's setting" if full else 'a small setting for two cores'
-    return [Case(c, config, f'{c.name if root else "The toy set"}, with {how}.{lacking}',
+    return [Case(c, config, f'{c.name if root else "The toy set"}, with {how}.{_bare(c)}{lacking}',
                  not (root or full or test)) for c in found]
+
+def _bare(c): # what a LOCO category should have and has not
+    none = [k.replace('_', ' ') for k in ('logical_anomalies', 'structural_anomalies') if c.defects and k not in c.kinds]
+    return f' It has no {" and no ".join(none)}.' if none else ''
 
 def _few(c): # at most 16 training images, and 3 test images of a kind
     test = [r for k in ('good', *c.kinds) for r in [x for x in c.test if x.kind == k][:3]]

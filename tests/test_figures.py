@@ -1,6 +1,7 @@
 "The pages of the paper's figures, and properties of what they draw with."
 import json
-import re
+import sys
+import types
 
 import matplotlib
 matplotlib.use('Agg')
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+import badges
 from pradot import figures, transport
 from pradot.cost import cost
 from pradot.data import InputError
@@ -20,15 +22,18 @@ def pages(root):
     assert found, 'no notebooks in nbs/paper'
     return found
 
-def sources(nb, kind): return [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == kind]
-
 def test_badge_and_installation_come_from_settings(root, pages):
-    text = (root/'settings.ini').read_text(encoding='utf-8')
-    user, repo, branch = (re.search(rf'^{k} *= *(\S+)', text, re.M)[1] for k in ('user', 'repo', 'branch'))
     for name, nb in pages.items():
-        links = re.findall(r'colab\.research\.google\.com/github/[^)\s]*', '\n'.join(sources(nb, 'markdown')))
-        assert links == [f'colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/paper/{name}.ipynb'], name
-        assert f'git+https://github.com/{user}/{repo}\n' in sources(nb, 'code')[0] + '\n', name
+        title, badge, install = (''.join(c['source']) for c in nb['cells'][:3])
+        assert title.startswith('# ') and '\n\n> ' in title, name
+        assert badge == badges.badge(root, name) and install == badges.install(root), f'{name}: run python tests/badges.py'
+
+def test_the_installing_cell_does_nothing_elsewhere(root):
+    code = badges.install(root).replace('%pip install -q ', 'raise SystemExit #')
+    exec(code, {})                                                       # there is no google.colab here
+    with pytest.MonkeyPatch.context() as m:
+        for k in ('google', 'google.colab'): m.setitem(sys.modules, k, types.ModuleType(k))
+        with pytest.raises(SystemExit): exec(code, {})
 
 def test_pictures_have_words_and_tables_are_markdown(pages):
     for name, nb in pages.items():

@@ -144,11 +144,12 @@ def test_one_site_configuration(root, site, tracked):
     source_link = [t['href'] for t in site['website']['navbar']['tools']]
     assert source_link == [f'https://github.com/{user}/{repo}']
 
-def test_a_build_holds_the_weights_and_the_tables_of_the_paper(root, tracked, tmp_path):
+def test_a_build_holds_weights_tables_results_and_notebooks(root, tracked, tmp_path):
     pytest.importorskip('setuptools')
     copy, built = tmp_path/'copy', tmp_path/'built'
-    for f in ['pradot/paper', *tracked]:                       # a link to data/paper
-        if not f.startswith(('pradot/', 'data/paper/')) and '/' in f: continue
+    links = 'pradot/paper', 'pradot/results', 'pradot/notebooks'    # to data/paper, data/results and nbs/paper
+    for f in [*links, *tracked]:
+        if not f.startswith(('pradot/', 'data/paper/', 'data/results/', 'nbs/paper/')) and '/' in f: continue
         (copy/f).parent.mkdir(parents=True, exist_ok=True)
         if (root/f).is_symlink(): os.symlink(os.readlink(root/f), copy/f)
         else: (copy/f).write_bytes((root/f).read_bytes())
@@ -157,6 +158,10 @@ def test_a_build_holds_the_weights_and_the_tables_of_the_paper(root, tracked, tm
     for i in (1, 2, 3, 4):
         f = f'paper/table{i}.csv'
         assert not (built/'pradot'/f).is_symlink() and (built/'pradot'/f).read_bytes() == (root/'data'/f).read_bytes()
+    for here, there in (('data/results', 'results'), ('nbs/paper', 'notebooks')):
+        kept = {Path(f).name for f in tracked if f.startswith(f'{here}/') and f.endswith(('.json', '.ipynb'))}
+        assert kept and {p.name for p in (built/'pradot'/there).iterdir()} == kept
+        assert all((built/'pradot'/there/k).read_bytes() == (root/here/k).read_bytes() for k in kept)
     weights = 'pradot/weights/small.safetensors'
     assert (built/weights).read_bytes() == (root/weights).read_bytes()
     code = 'import sys; sys.path.insert(0, sys.argv[1]); import pradot; from importlib.resources import files; ' \
