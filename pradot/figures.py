@@ -6,7 +6,7 @@
 __all__ = ['OKABE', 'STYLE', 'METHODS', 'style', 'panels', 'Case', 'cases', 'account', 'level', 'overlay', 'heat', 'outline',
            'gallery', 'tiles', 'untile', 'abnormal', 'assignments', 'references', 'places', 'arrows', 'Patches',
            'patches', 'restore', 'colours', 'Sample', 'sample', 'pairwise', 'project', 'by_place', 'cloud', 'key',
-           'sharing']
+           'sharing', 'Truth', 'truths', 'measured', 'summed', 'band']
 
 # %% ../nbs/09_figures.ipynb #0b24bb6e
 import os, time, warnings
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,9 +24,10 @@ from torch.nn import functional as F
 
 from .cost import blocks, check_alpha, grid, unit
 from .data import Category, InputError, PUBLISHED, Record
-from .detector import LIGHT, PAPER, Config, Pradot
-from .experiment import LOADERS, categories_in, machine, versions
+from .detector import LIGHT, PAPER, Config, Pradot, merge
+from .experiment import LOADERS, categories_in, machine, truth, versions
 from .features import as_image, batches
+from .metrics import Evaluation, HEADLINE
 from .toy import tray
 from . import transport
 from .transport import Transport, plan_blocks
@@ -65,9 +67,11 @@ class Case(NamedTuple):
     config:Config     # Settings
     note:str          # One sentence about both, for the reader
     known:bool        # Whether what comes out is known and can be asserted: the toy set at its usual setting
+    seeds:tuple[int,...] # To repeat with, where a number shall carry an argument
 
 def cases(
     prefer:tuple=(), # Categories to put first, where they are there
+    small:dict={},   # Settings that shall differ unless PRADOT_FULL is set: what a small computer can do
     **changes        # Settings that shall differ, e.g. alphas=(0., 0.5)
 )->list[Case]:
     """What to work on, by PRADOT_DATA, PRADOT_FULL, PRADOT_WEIGHTS and PRADOT_TEST.
@@ -83,10 +87,10 @@ def cases(
         lacking = f' Not run, because not found: {", ".join(missing)}.' if missing else ''
         if not full and not test: config = replace(LIGHT, epochs=3)
     if test: found = [_few(c) for c in found[:1]]
-    config = replace(config, **changes)
+    config = replace(config, **(changes if full else small | changes))
     how = 'a few images and steps' if test else "the paper's setting" if full else 'a small setting for two cores'
     return [Case(c, config, f'{c.name if root else "The toy set"}, with {how}.{_bare(c)}{lacking}',
-                 not (root or full or test)) for c in found]
+                 not (root or full or test), (0, 1) if test else (0, 1, 2)) for c in found]
 
 def _bare(c): # what a LOCO category should have and has not
     none = [k.replace('_', ' ') for k in ('logical_anomalies', 'structural_anomalies') if c.defects and k not in c.kinds]
@@ -443,3 +447,63 @@ def sharing(
     for s, T in plan_blocks(M, t.f, t.g, eps):                                                     # (rows, N_p)
         total += float(torch.special.entr(T/T.sum(1, keepdim=True)).sum())
     return float(np.exp(total/len(M)))
+
+# %% ../nbs/09_figures.ipynb #d05ca3e2
+class Truth(NamedTuple):
+    "What the map of one test image is compared with"
+    size:tuple[int,int] # (H, W) of the image
+    kind:str            # 'good' or the kind of anomaly
+    given:dict          # Masks and saturation areas, as `Evaluation.update` takes them
+
+def truths(
+    category:Category # Its test images
+)->list[Truth]:
+    "What `measured` needs to know of each test image"
+    def one(r):
+        given = truth(r, category.defects)
+        return Truth(as_image(r).size[::-1], r.kind, {k: v for k, v in given.items() if k != 'names'})
+    return [one(r) for r in category.test]
+
+def measured(
+    grids:dict[tuple[int,float],Tensor], # (stage l, α): (B, H_l, W_l) distances of all test images
+    known:list[Truth],       # From `truths`, in the same order
+    align_corners:bool=False # See `pradot.detector.merge`
+)->dict[str,float]:          # image, located; and located_K for each kind K of a LOCO category: in [0, 1]
+    "The paper's two metrics of maps that are merged from distances, at the images' own size"
+    e = Evaluation((HEADLINE['au_spro'],))
+    for i, (size, kind, given) in enumerate(known):
+        e.update(merge({k: d[i:i+1] for k, d in grids.items()}, size, align_corners)[0].numpy(), kind=kind, **given)
+    found = e.compute()
+    kinds = {k.removesuffix('_anomalies'): f.au_spro[HEADLINE['au_spro']] for k, f in found.kinds.items() if f.au_spro}
+    if not kinds: return dict(image=found.pooled.image_auroc, located=found.pooled.pixel_auroc)
+    return dict(image=found.mean['image_auroc'], located=sum(kinds.values())/len(kinds)) | {
+        f'located_{k}': v for k, v in kinds.items()}
+
+# %% ../nbs/09_figures.ipynb #5b64de37
+def summed(
+    table:pd.DataFrame,  # A row for each setting, category and seed; what `measured` gives in columns of that name
+    knobs:list[str]      # Columns that tell settings apart; lines come in the order of their first rows
+)->pd.DataFrame:         # Text, in per cent
+    "Mean over categories, then mean ± standard deviation (of a sample) over seeds"
+    metrics = [c for c in table if c.startswith(('image', 'located'))]
+    means = 100*table.groupby([*knobs, 'seed'], sort=False)[metrics].mean()
+    lines = means.groupby(knobs, sort=False).agg(lambda m: f'{m.mean():.1f}' + (f' ± {m.std():.1f}' if len(m) > 1 else ''))
+    return lines.rename(columns=lambda c: c.replace('_', ', ')).reset_index()
+
+# %% ../nbs/09_figures.ipynb #b25af2db
+def band(
+    ax,              # matplotlib axes
+    x,               # (k,) values of the knob
+    y:np.ndarray,    # (seeds, k) what came of them
+    label:str|None=None,
+    **how            # As for `ax.plot`: color, marker, linestyle
+):                   # The axes
+    "Mean over seeds with its standard deviation (of a sample), and every seed as a dot"
+    y = np.asarray(y, float)
+    mean = y.mean(0)
+    (line,) = ax.plot(x, mean, label=label, **({'marker': 'o', 'markersize': 5} | how))
+    if len(y) > 1:
+        std = y.std(0, ddof=1)
+        ax.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=.18, linewidth=0)
+        ax.plot(x, y.T, '.', color=line.get_color(), alpha=.45, markersize=4)
+    return ax
