@@ -36,7 +36,7 @@ def stored(
 
 # %% ../nbs/08a_tables.ipynb #fcc89219
 _COUNTS = 'n', 'batch_size', 'epochs'
-_WORK = 'weights', 'iterations', 'tol', 'warm', 'products', 'still', 'solver'
+_WORK = 'weights', 'iterations', 'tol', 'warm', 'products', 'still', 'solver', 'cut', 'memory'
 _PARTS = 'seed', 'stages', 'alphas'
 
 def differing(

@@ -105,7 +105,7 @@ def shifts(
 def _scratch(C): return C.like.new_empty(max((s.stop - s.start for s in C.rows), default=0), C.shape[1])
 
 # %% ../nbs/04_transport.ipynb #44c1de47
-FLOOR = -60. # The least exponent kept
+FLOOR = -60. # The least exponent kept in float32; in float64, ten times as much
 
 def dense(
     C:Costs,   # What K is made of; if there is room, it is overwritten
@@ -115,7 +115,7 @@ def dense(
 )->Callable:   # f(budget=None): iterates over (rows, K of these rows, its transpose); blocks of `budget` bytes, if they can be
     "K = exp((f⁰ + g⁰ - M)/ε), in blocks of rows"
     out, room, like = _scratch(C), C.room, C.like
-    def make(s, out): return C.read(s, -g0, out).sub_(f0[s, None]).mul_(-1/eps).clamp_(min=FLOOR).exp_()
+    def make(s, out): return C.read(s, -g0, out).sub_(f0[s, None]).mul_(-1/eps).clamp_(min=_floor(like)).exp_()
     if room is None:
         def parts(budget=None):
             for s in C.rows: yield s, (k := make(s, out[:s.stop - s.start])), k.T
@@ -210,10 +210,12 @@ def stream_(
     for s, k, kt in parts():
         rows[s], heat[s] = torch.mv(k, v)*u[s], torch.mv(_xlogx(k), v)*u[s]
         filled += k.values().numel() if thin else k.numel()
-    if not (0 if thin else math.exp(FLOOR))*float(u.sum())*float(v.sum()) < 1e-3: raise _too_small(C.like, eps)
+    if not (0 if thin else math.exp(_floor(C.like)))*float(u.sum())*float(v.sum()) < 1e-3: raise _too_small(C.like, eps)
     error = float((rows - 1/N).abs().sum())
     loss = float(torch.dot(rows, f0)) + float(g0.mean()) - eps*float(heat.sum())
     return Stream(Transport(f0 + eps*u.log(), g0 + eps*v.log(), done, error, error <= tol), parts, u, v, loss, filled/(N*Np))
+
+def _floor(like): return FLOOR if like.dtype == torch.float32 else 10*FLOOR
 
 def _xlogx(k):
     if k.layout is torch.strided: return torch.special.xlogy(k, k)
