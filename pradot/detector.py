@@ -181,7 +181,7 @@ class _Estimate:
         left = sum(self.work[l] for l, _ in self.keys)/self.work[self.stage]*self.each*now - now
         if not self.told and left > 600:
             ways = [] if self.config.solver == 'stream' else ['--preset fast (the same AU-ROC to a tenth of a point)']
-            ways += [] if torch.cuda.is_available() else ['a GPU (the same)']
+            ways += [] if torch.cuda.is_available() else ['a GPU']
             ways += ['a smaller --n and fewer --epochs (4 and 10 for 16 and 50: the same to a tenth of a point on bottle)']
             warnings.warn(f'learning will take {"at most " if self.config.cut else ""}about {left/60:.0f} minutes; '
                           f'shorter with {"; ".join(ways)}', stacklevel=4)

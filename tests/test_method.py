@@ -1,5 +1,5 @@
 "Properties of the method: costs, plans, prototypes, the detector and its files"
-import json, random, socket, struct
+import json, random, socket, struct, warnings
 import numpy as np
 import ot, pytest, safetensors, torch
 from PIL import Image
@@ -476,3 +476,14 @@ def test_flipped_header_bytes_are_always_noticed(saved, tmp_path):
 def test_config_refuses_what_makes_no_sense(key, value):
     with pytest.raises(InputError) as e: Config(**{key: value})
     assert '\n' not in str(e.value)
+
+def test_a_long_fit_says_so_after_its_first_step():
+    from pradot.detector import FAST, PAPER, _Estimate
+    for config, says in ((PAPER, r'about 16\d minutes; shorter with --preset fast .*a smaller --n'), (FAST, r'at most about 16\d minutes; shorter with')):
+        e = _Estimate(config, [(2, 0.)], 1000, {2: 1.})
+        e.start(2); e.begin -= 10.
+        with pytest.warns(UserWarning, match=says): e.stepped()
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            e.stepped()                                            # once is enough
+            short = _Estimate(config, [(2, 0.)], 50, {2: 1.}); short.start(2); short.begin -= 10.; short.stepped()
