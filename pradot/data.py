@@ -211,6 +211,11 @@ class Category:
 def _natural(name):
     return [(0, int(s), '') if s.isdecimal() else (1, 0, s) for s in re.split(r'(\d+)', name) if s]
 
+def _images(folder, deep=False): # the same, and none is none
+    found = (p for p in (folder.rglob('*') if deep else folder.iterdir())
+             if p.suffix.lower() in SUFFIXES and not p.name.startswith('.') and p.is_file())
+    return sorted(found, key=lambda p: [_natural(part) for part in p.relative_to(folder).parts])
+
 def images(
     folder:str|Path, # A folder
     deep:bool=False  # Whether to look into its folders too
@@ -218,9 +223,7 @@ def images(
     "The image files in a folder, hidden ones left out; raises `InputError` where there are none"
     folder = Path(folder)
     if not folder.is_dir(): raise InputError(f'{folder} is not a folder; check the path')
-    found = (p for p in (folder.rglob('*') if deep else folder.iterdir())
-             if p.suffix.lower() in SUFFIXES and not p.name.startswith('.') and p.is_file())
-    ps = sorted(found, key=lambda p: [_natural(part) for part in p.relative_to(folder).parts])
+    ps = _images(folder, deep)
     if not ps: raise InputError(f'{folder} holds no image ({", ".join(sorted(SUFFIXES))}); '
                                 'put the images there or check the path')
     return ps
@@ -254,7 +257,8 @@ def _test_records(here, masks, needed=True):
                                  'add one or remove the image')
             used.update(ms)
             records.append(Record(p, folder.name, ms))
-    for m in images(truth, deep=True) if truth.is_dir() else ():
+    kinds = sorted(p for p in truth.iterdir() if p.is_dir()) if truth.is_dir() else []  # a kind may be a link
+    for m in (m for p in (truth, *kinds) if p.is_dir() for m in _images(p, deep=p != truth)):
         if m not in used: raise InputError(_orphan(m, test))
     return tuple(records)
 
