@@ -78,7 +78,9 @@ class Detector(nn.Module):
         self.net.to(memory_format=torch.contiguous_format)
         for k, v in dict(mean=MEAN, std=STD).items(): self.register_buffer(k, torch.tensor(v)[:, None, None].clone())
         self.keys = list(model.prototypes)
-        def search(p, a): return Search(p.detach().cpu(), a, structural(*p.shape[1:3], c.squared, c.corners), c.relative)
+        def search(p, a):
+            S = structural(*p.shape[1:3], c.squared, c.corners)
+            return Search(p.detach().cpu(), a, S, c.relative)
         self.searches = nn.ModuleList(search(p, a) for (l, a), p in model.prototypes.items())
         self.threshold = None if threshold is None else float(_at_most(threshold))
         self.eval()
@@ -116,8 +118,8 @@ def threshold_for(
         return float(threshold)
     if calibration is None:
         if rate is None: return None
-        raise InputError('the model is not calibrated, so no threshold belongs to a rate of false alarms; calibrate it, or give '
-                         'a threshold')
+        raise InputError('the model is not calibrated, so no threshold belongs to a rate of false alarms; calibrate '
+                         'it, or give a threshold')
     return float(calibration.threshold(RATE if rate is None else rate))
 
 def description(
@@ -125,8 +127,8 @@ def description(
 )->dict[str,str]:     # Each value is JSON, save that of `pradot`
     "What a reader of the file has to know"
     H, W = detector.config.image_size
-    steps = ('apply the EXIF orientation; to RGB, 8 bits a channel (of 16 the upper 8); resize to size (height, width) with '
-             'Pillow BILINEAR; uint8 (B, 3, H, W)')
+    steps = ('apply the EXIF orientation; to RGB, 8 bits a channel (of 16 the upper 8); resize to size (height, width) '
+             'with Pillow BILINEAR; uint8 (B, 3, H, W)')
     rest = dict(config=asdict(detector.config), threshold=detector.threshold, maps=detector.size,
                 preprocessing=dict(size=[H, W], steps=steps))
     return dict(pradot=__version__) | {k: json.dumps(v) for k, v in rest.items()}
@@ -143,10 +145,11 @@ def _as_pt2(detector, example, path):
 def _as_onnx(detector, example, path):
     "Write an ONNX model"
     if (size := sum(t.nbytes for t in detector.state_dict().values())) > 2**31 - 2**24:
-        raise InputError(f'the graph holds {size/2**30:.1f} GiB and an ONNX file no more than 2; lower n or image_size, or '
-                         'export to .pt2')
-    program = torch.onnx.export(detector, (example,), dynamo=True, opset_version=OPSET, verbose=False, external_data=False,
-                                dynamic_shapes=({0: 'batch'},), input_names=['pixels'], output_names=list(detector(example)))
+        raise InputError(f'the graph holds {size/2**30:.1f} GiB and an ONNX file no more than 2; lower n or '
+                         'image_size, or export to .pt2')
+    names = dict(input_names=['pixels'], output_names=list(detector(example)), dynamic_shapes=({0: 'batch'},))
+    program = torch.onnx.export(detector, (example,), dynamo=True, opset_version=OPSET, verbose=False,
+                                external_data=False, **names)
     proto = program.model_proto
     for k, v in description(detector).items(): proto.metadata_props.add(key=k, value=v)
     path.write_bytes(proto.SerializeToString())
@@ -179,8 +182,8 @@ def _checked(path):
     if path.suffix == '.onnx':
         try: import onnx, onnxruntime, onnxscript
         except ImportError as e:
-            raise InputError(f'{e.name} is not installed and ONNX needs it; run `pip install onnx onnxruntime onnxscript`, or '
-                             'export to .pt2') from None
+            raise InputError(f'{e.name} is not installed and ONNX needs it; run `pip install onnx onnxruntime '
+                             'onnxscript`, or export to .pt2') from None
     return path
 
 # %% ../nbs/15_export.ipynb #5ab1cbae
@@ -190,7 +193,7 @@ def export(
     threshold:float|None=None,     # Scores above it are anomalous
     rate:float|None=None,          # Or: false alarms to accept, where the model is calibrated
     size:tuple[int,int]|None=None  # (H, W) of the maps, best that of your images; None is the model's image size
-)->float:                          # Largest difference of the file's maps and the model's, as a share of the largest value
+)->float:                          # Largest difference from the model's maps, as a share of their largest value
     "Write a model as one graph, and make sure that it does what the model does; `InputError` where that cannot be"
     path = _checked(path)
     if size is not None and not (len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
@@ -205,8 +208,8 @@ def export(
         maps = np.stack([m for _, (m,) in judged])
         off = float(np.abs(run(tmp, noise)['maps'] - maps).max()/max(maps.max(), np.finfo(np.float32).tiny))
         if not off <= TOLERANCE:
-            raise InputError(f'{path} would give maps that are {off:.1g} off those of the model (relative), which is a mistake '
-                             'in pradot; nothing was written, please report it')
+            raise InputError(f'{path} would give maps that are {off:.1g} off those of the model (relative), which is a '
+                             'mistake in pradot; nothing was written, please report it')
     return off
 
 def _plain(model):
@@ -224,5 +227,5 @@ def export_command(args):
     off = export(model, args.out, args.threshold, args.rate, args.size)
     t = threshold_for(model, args.threshold, args.rate)
     decision = 'scores without a decision (give --threshold)' if t is None else f'anomalous above {t:.6g}'
-    print(f'{args.out}: {Path(args.out).stat().st_size/1e6:.0f} MB, {decision}; its maps differ from the model\'s by {off:.0e} '
-          'of the largest value')
+    print(f'{args.out}: {Path(args.out).stat().st_size/1e6:.0f} MB, {decision}; '
+          f'its maps of noise are those of the model to {off:.0e}')
