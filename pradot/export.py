@@ -25,6 +25,10 @@ from .features import MEAN, STD
 # %% ../nbs/15_export.ipynb #23c36610
 BLOCK = 4 << 20 # Bytes of cosines an image that are looked through at a time
 
+def _after(u, x): # (B, H*W, D), (B,)
+    "`u` as it is, but not before `x` is known"
+    return u + 0*x[:, None, None]
+
 class Search(nn.Module):
     "Distances to the nearest prototype, Eq. 6, for one stage and one α, as a graph without loops"
     def __init__(self,
@@ -50,11 +54,17 @@ class Search(nn.Module):
     )->Tensor:   # (B, H, W) distances in [0, 2]
         u, looks, found = unit(z).flatten(1, 2), 1 - self.alpha, []
         if self.relative:
-            least = reduce(torch.minimum, ((u @ b).amin((1, 2)) for bs in self.blocks for b in bs))        # (B,)
+            least = torch.ones_like(u[:, 0, 0])                    # (B,)
+            for b in (b for bs in self.blocks for b in bs):
+                least = torch.minimum(least, (u @ b).amin((1, 2)))
+                u = _after(u, least)
             looks = torch.where(1 - least > 8*torch.finfo(z.dtype).eps, looks/(1 - least), 0.)[:, None]
         for j, bs in zip(range(0, u.shape[1], self.width), self.blocks):
-            cells = min(self.width, u.shape[1] - j)
-            best = reduce(torch.maximum, ((u @ b).unflatten(2, (-1, cells)).amax(2) for b in bs))   # (B, H*W, cells)
+            cells, best = min(self.width, u.shape[1] - j), None
+            for b in bs:
+                C = (u @ b).unflatten(2, (-1, cells)).amax(2)      # (B, H*W, cells)
+                best = C if best is None else torch.maximum(best, C)
+                u = _after(u, best[:, 0, 0])
             best = best*(looks[..., None] if self.relative else looks)
             found.append((best - self.place[:, j:j + cells] if self.alpha else best).amax(2))
         return (looks - reduce(torch.maximum, found)).clamp(min=0).unflatten(1, self.grid)

@@ -295,3 +295,21 @@ def test_a_real_model(shared, tmp_path):
         got = run(tmp_path/f'm{suffix}', pixels)
         assert np.abs(got['maps'] - want.maps).max() <= 1e-4*want.maps.max()
         assert np.array_equal(got['anomalous'], want.scores > t)
+
+def test_blocks_wait_for_each_other(tmp_path, monkeypatch):
+    "Each product of a search depends on the one before, or onnxruntime would hold all of them at once"
+    monkeypatch.setattr(module, 'BLOCK', 4*64*20)                  # 64 cells: twenty at a time
+    for relative in (False, True):
+        m = fitted(n=3, alphas=(0.3,), stages=(2,), relative=relative)
+        export(m, tmp_path/'m.onnx')
+        graph = onnx.load(tmp_path/'m.onnx').graph
+        made = {o: n for n in graph.node for o in n.output}
+        weights = {i.name for i in graph.initializer}
+        products = [n for n in graph.node if n.op_type == 'MatMul']
+        assert len(products) == 4*3*(1 + relative) and all(n.input[1] in weights for n in products)
+        def before(node, seen):
+            for i in node.input:
+                if i in made and made[i].output[0] not in seen:
+                    seen.add(made[i].output[0]); before(made[i], seen)
+            return seen
+        for a, b in zip(products, products[1:]): assert a.output[0] in before(b, set())
