@@ -30,6 +30,7 @@ from .data import Category, InputError, PUBLISHED, Record, check_writable, folde
 from .download import LICENCE, SOURCES, download_command
 from .detector import LIGHT, PRESETS, Config, Pradot
 from .experiment import LOADERS, NOTE, categories_in, evaluate, reproduce, score
+from .export import export_command
 from .features import BACKBONES, memory_advice
 from .figures import overlay
 from .pages import pages, parameters, run_page
@@ -204,6 +205,15 @@ def parser()->argparse.ArgumentParser:
     g.add_argument('--jobs', type=at_least_one, metavar='N', help='runs at a time (default: 1)')
     g.add_argument('--device', **(device | dict(default=None)))
     _settings_words(p)
+
+    p = command('export', export_command, 'write a model as one graph from pixels to a decision, for onnxruntime or PyTorch alone',
+                'What is written is run and compared with the model first. ONNX needs the packages onnx, onnxruntime and onnxscript.')
+    p.add_argument('model', metavar='MODEL.safetensors')
+    p.add_argument('--out', metavar='NAME.onnx|NAME.pt2', required=True, help='the file to write')
+    p.add_argument('--threshold', type=float, metavar='T', help='call images anomalous whose score is above this')
+    p.add_argument('--rate', type=float, metavar='SHARE', help='or: the share of false alarms to accept, where the model is calibrated')
+    p.add_argument('--size', type=pixels, metavar='PIXELS', help='size of your images, for which maps and scores are made '
+                   '(default: the model\'s image size); 480x240 means height x width')
 
     p = command('download', download_command, 'fetch a benchmark data set, verify and unpack it',
                 'MVTec AD is 5.3 GB, MVTec LOCO AD 6.1 GB. The SHA-256 is verified; interrupted, it goes on where it '
