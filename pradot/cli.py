@@ -29,7 +29,7 @@ from .cost import PRODUCTS
 from .data import Category, InputError, PUBLISHED, Record, check_writable, folder, images, replacing, replacing_files
 from .download import LICENCE, SOURCES, download_command
 from .detector import LIGHT, PRESETS, Config, Pradot
-from .experiment import LOADERS, NOTE, categories_in, evaluate, reproduce, score
+from .experiment import LOADERS, NOTE, categories_in, categories_of, evaluate, fit_all, reproduce, score
 from .export import export_command
 from .features import BACKBONES, memory_advice
 from .figures import overlay
@@ -73,13 +73,19 @@ class _Parser(argparse.ArgumentParser):
     "Wrong words get one sentence rather than a page"
     def error(self, message): self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
 
-def _data_words(p, datasets=tuple(LOADERS)):
+def _data_words(p, datasets=tuple(LOADERS), several=''):
     g = p.add_argument_group('data')
     free = '; "folder" is any folder of images' if 'folder' in datasets else ''
     optional = ' (optional for --dataset folder)' if free else ''
     g.add_argument('--dataset', choices=datasets, required=True, help=f'layout of the folders{free}')
     g.add_argument('--data', metavar='ROOT', required=True, help='folder that holds the categories')
-    g.add_argument('--category', metavar='NAME', help=f'a folder in ROOT, e.g. bottle{optional}')
+    g.add_argument('--category', metavar='NAME', help=f'a folder in ROOT, e.g. bottle{optional}{several}')
+
+def _several(args):
+    "The categories that are meant, if --category names more than one, else None; raises `InputError` for unknown ones"
+    given = args.category or ''
+    if given != 'all' and ',' not in given: return None
+    return categories_of(args.dataset, args.data, None if given == 'all' else names(given))
 
 def _category(args):
     if args.dataset == 'folder': return folder(args.data, args.category)
@@ -158,16 +164,20 @@ def parser()->argparse.ArgumentParser:
 
     p = command('fit', fit, 'learn prototypes from the normal training images of a category',
                 'They are saved as a model file. The default settings are the paper\'s.')
-    _data_words(p)
-    p.add_argument('--out', metavar='MODEL.safetensors', required=True, help='the model file to write')
+    _data_words(p, several='; a list such as bottle,cable or all makes a model of each, judges it, and goes on where it '
+                'was if it was stopped')
+    p.add_argument('--out', metavar='MODEL.safetensors', required=True,
+                   help='the model file to write; of several categories, a folder for the models and their metrics')
     p.add_argument('--cache', metavar='DIR', help='keep features and prototypes there, for other models')
+    p.add_argument('--ram', type=float, default=4., metavar='GIB',
+                   help='that features may take in memory; more are kept in a file beside the model, for its time (default: 4)')
     p.add_argument('--resume', action='store_true', help='go on with the last finished epoch of a fit that was stopped')
     _settings_words(p)
     p.add_argument('--device', **device)
 
     p = command('evaluate', evaluate_, 'judge a model on the test images of a category, whose truth is known')
-    p.add_argument('model', metavar='MODEL.safetensors')
-    _data_words(p)
+    p.add_argument('model', metavar='MODEL.safetensors', help='a model file; of several categories, the folder of models')
+    _data_words(p, several='; or several, or all, with a folder of models')
     p.add_argument('--out', metavar='metrics.json', help='write all metrics there')
     p.add_argument('--batch-size', **batch)
     p.add_argument('--device', **device)
@@ -230,13 +240,14 @@ TABLES = {f'table{i}': i for i in (1, 2, 3, 4)}
 # %% ../nbs/10_cli.ipynb #9f2941c1
 def fit(args):
     "pradot fit"
+    if (several := _several(args)) is not None: return _fit_several(args, several)
     check_writable(args.out)
     config, category, start = _config(args), _category(args), time.perf_counter()
     parts = Path(f'{args.out}.parts')
     if args.resume and not parts.is_dir(): raise InputError(f'there is nothing to resume in {parts}; leave --resume out')
     if parts.is_dir() and not args.resume: shutil.rmtree(parts)
     missing = [p for p in (parts, *parts.parents) if not p.exists()]
-    try: model = Pradot(config, args.device).fit(category.train, True, category.validation, args.cache, parts)
+    try: model = Pradot(config, args.device).fit(category.train, True, category.validation, args.cache, parts, args.ram)
     except BaseException:
         if missing and not [p for p in parts.glob('*') if p.suffix == '.safetensors' and p.name[0] != '.']:
             shutil.rmtree(missing[-1], ignore_errors=True)      # nothing was finished: leave nothing
@@ -249,6 +260,7 @@ def fit(args):
 def evaluate_(args):
     "pradot evaluate"
     if args.out: check_writable(args.out)
+    if (several := _several(args)) is not None: return _evaluate_several(args, several)
     model, category = Pradot.load(args.model, args.device), _category(args)
     _tell(evaluate(model, category, args.batch_size), args.out)
 
@@ -277,6 +289,38 @@ def table(
     rows = [('all', 'mvtec', result), *((k.replace('_', ' '), 'mvtec', d) for k, d in result['kinds'].items())]
     if 'released' in result: rows.append(('all', 'released', result['released']))
     return pd.DataFrame([dict(protocol=p) | row(d) for _, p, d in rows], [name for name, *_ in rows])
+
+# %% ../nbs/10_cli.ipynb #b16a11d1
+def _fit_several(args, categories):
+    "A model for each of several categories, in a folder"
+    if args.cache or args.ram != 4.: raise InputError('--cache and --ram are for one category; several are kept apart, each for its time')
+    rows = fit_all(args.dataset, args.data, args.out, _config(args), categories, args.device)
+    done = {r['category']: r for r in rows if 'error' not in r}
+    _tell_several({c: r['metrics'] for c, r in done.items()}, {r['category']: r['error'] for r in rows if 'error' in r},
+                  {c: dict(seconds=sum(r['seconds'].values()), model=f'{args.out}/{c}.safetensors') for c, r in done.items()})
+
+def _evaluate_several(args, categories):
+    "Judge the models of a folder, each on its category"
+    if not Path(args.model).is_dir():
+        raise InputError(f'{args.model} is not a folder; for several categories give the --out of pradot fit --category all')
+    results, failed = {}, {}
+    for c in categories:
+        try:
+            category = LOADERS[args.dataset](args.data, c)
+            results[c] = evaluate(Pradot.load(Path(args.model)/f'{c}.safetensors', args.device), category, args.batch_size)
+        except InputError as e: failed[c] = str(e)
+    if args.out:
+        with replacing(args.out) as tmp: tmp.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
+    _tell_several(results, failed, {})
+
+def _tell_several(results, failed, more):
+    "A line for each category and their mean; raises `InputError` if any failed"
+    def line(c): return (table(results[c]).iloc[0, 1:].to_dict() if results[c] else {}) | more.get(c, {})
+    t = pd.DataFrame([line(c) for c in results], list(results))
+    if len(t) > 1: t.loc['mean'] = t.drop(columns=['seconds', 'model'], errors='ignore').astype(float).mean()
+    if len(t): print(t.to_string(na_rep='-', float_format='%.2f'))
+    if failed: raise InputError('; '.join(f'{c} failed: {e}' for c, e in failed.items()))
+
 
 # %% ../nbs/10_cli.ipynb #461107a9
 def _page(args):
@@ -429,7 +473,8 @@ def main(argv:list[str]|None=None)->int:
     except InputError as e: print(f'pradot {args.command}: {e}', file=sys.stderr)
     except KeyboardInterrupt:
         then = 'nothing was written'
-        if args.command == 'download' or args.command == 'reproduce' and args.name in TABLES:
+        if args.command == 'download' or args.command == 'reproduce' and args.name in TABLES \
+                or args.command == 'fit' and Path(args.out).is_dir():
             then = 'the same command goes on from here'
         if args.command == 'fit' and Path(f'{args.out}.parts').is_dir():
             then = 'the same command with --resume goes on after the last finished epoch'

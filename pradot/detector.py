@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .cost import PRODUCTS, structural
 from .data import InputError, replacing, split
-from .features import Backbone, alone, batches, extract, fingerprints, memory_advice, pick_device
+from .features import Backbone, alone, batches, extract, fingerprints, memory_advice, pick_device, unchanged
 from .prototypes import STARTS, learn, nearest, steps
 from .transport import SOLVERS
 from . import __version__
@@ -209,7 +209,8 @@ class Pradot:
         progress:bool=True,# Bars, in a terminal
         validation=(),     # Further normal images to choose the epoch by, where `held_out` asks for that
         cache:str|Path|None=None, # A folder to keep features and prototypes in, for other models
-        parts:str|Path|None=None  # A folder to keep prototypes in, also unfinished ones; None is `cache`
+        parts:str|Path|None=None, # A folder to keep prototypes in, also unfinished ones; None is `cache`
+        ram:float=4.       # GiB that features may take in memory, see `pradot.features.extract`; more are in a file in `parts`
     ):
         "Learn the prototypes of every stage and α (Algorithm 1); returns the model itself"
         c, images, held = self.config, list(images), []
@@ -226,11 +227,13 @@ class Pradot:
                           'so lower n or raise the batch size', stacklevel=2)
         begin = time.perf_counter()
         backbone = Backbone(c.backbone, c.weights, c.stages, c.seed).to(self.device)
-        Z = extract(backbone, images, c.image_size, progress=progress, cache=cache)
-        V = extract(backbone, held, c.image_size, progress=progress, cache=cache) if held else {}
-        seconds = dict(features=time.perf_counter() - begin, prototypes=0.)
-        parts = parts or cache
-        marks = {l: '' for l in c.stages} if parts is None else fingerprints(backbone, images + held, c.image_size)
+        how = dict(size=c.image_size, progress=progress, cache=cache, ram=ram, folder=parts)
+        with unchanged(images + held):
+            Z = extract(backbone, images, **how)
+            V = extract(backbone, held, **how) if held else {}
+            seconds = dict(features=time.perf_counter() - begin, prototypes=0.)
+            parts = parts or cache
+            marks = {l: '' for l in c.stages} if parts is None else fingerprints(backbone, images + held, c.image_size)
         keys = [(l, a) for l in c.stages for a in c.alphas]
         each = c.epochs*steps(len(images), B, c.drop_last)
         todo, work = len(keys)*each, {l: Z[l][0].numel()*Z[l][0, ..., 0].numel() for l in c.stages}
