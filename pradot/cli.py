@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'NAMES', 'numbers', 'pixels', 'at_least_one', 'names', 'parser', 'fit', 'evaluate_', 'score_', 'table',
-           'reproduce_', 'predict', 'report', 'demo', 'main']
+           'reproduce_', 'calibrate_', 'predict', 'report', 'demo', 'main']
 
 # %% ../nbs/10_cli.ipynb #6a5d29bf
 import os
@@ -14,7 +14,7 @@ os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../nbs/10_cli.ipynb #cb43f3c9
-import argparse, base64, html, io, json, platform, shutil, signal, sys, threading, time, warnings
+import argparse, base64, hashlib, html, io, json, platform, shutil, signal, sys, threading, time, warnings
 from dataclasses import fields, replace
 from datetime import date
 from pathlib import Path
@@ -26,7 +26,8 @@ from PIL import Image
 
 from . import __version__
 from .cost import PRODUCTS
-from .data import Category, InputError, PUBLISHED, Record, check_writable, folder, images, replacing, replacing_files
+from .data import Category, InputError, PUBLISHED, Record, check_writable, folder, images, read_image, replacing, replacing_files, split
+from .decision import verdict
 from .download import LICENCE, SOURCES, download_command
 from .detector import LIGHT, PRESETS, Config, Pradot
 from .experiment import LOADERS, NOTE, categories_in, evaluate, reproduce, score
@@ -34,6 +35,7 @@ from .features import BACKBONES, memory_advice
 from .figures import overlay
 from .pages import pages, parameters, run_page
 from .prototypes import STARTS
+from .report import entry, page
 from .toy import tray
 from .transport import SOLVERS
 
@@ -160,6 +162,7 @@ def parser()->argparse.ArgumentParser:
     _data_words(p)
     p.add_argument('--out', metavar='MODEL.safetensors', required=True, help='the model file to write')
     p.add_argument('--cache', metavar='DIR', help='keep features and prototypes there, for other models')
+    p.add_argument('--calibrate', type=float, metavar='SHARE', help='hold back this share of the images and calibrate with them, for predict --rate')
     p.add_argument('--resume', action='store_true', help='go on with the last finished epoch of a fit that was stopped')
     _settings_words(p)
     p.add_argument('--device', **device)
@@ -172,10 +175,15 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--device', **device)
 
     p = command('predict', predict, 'map and score any images',
-                'DIR gets maps/ (float TIFF), overlays/ (PNG) and scores.csv.')
+                'DIR gets maps/ (float TIFF), overlays/ (PNG), scores.csv and scores.json. A calibrated model also says what is '
+                'anomalous, with p-values and regions.')
     p.add_argument('model', metavar='MODEL.safetensors')
     p.add_argument('images', nargs='+', metavar='IMAGE_OR_FOLDER', help='image files, or folders that are searched for images')
     p.add_argument('--out', metavar='DIR', required=True, help='where maps, overlays and scores go')
+    p.add_argument('--rate', type=float, metavar='SHARE', help='of false alarms among normal images, for a calibrated model (default: 0.05)')
+    p.add_argument('--report', metavar='PAGE.html', help='also write a page to look at, which needs no network')
+    p.add_argument('--normal', nargs='+', metavar='IMAGE_OR_FOLDER',
+                   help='images that the model learnt from; the report restores images from their patches')
     p.add_argument('--batch-size', **batch)
     p.add_argument('--device', **device)
 
@@ -205,6 +213,14 @@ def parser()->argparse.ArgumentParser:
     g.add_argument('--device', **(device | dict(default=None)))
     _settings_words(p)
 
+    p = command('calibrate', calibrate_, 'let a model judge normal images it has not learnt from, so that predict can decide',
+                'For a false-alarm rate of 0.05 at least 19 images are needed, for 0.01 at least 99.')
+    p.add_argument('model', metavar='MODEL.safetensors')
+    p.add_argument('images', nargs='+', metavar='IMAGE_OR_FOLDER', help='normal images that the model has not learnt from')
+    p.add_argument('--out', metavar='NEW.safetensors', help='the calibrated model (default: MODEL itself)')
+    p.add_argument('--batch-size', **batch)
+    p.add_argument('--device', **device)
+
     p = command('download', download_command, 'fetch a benchmark data set, verify and unpack it',
                 'MVTec AD is 5.3 GB, MVTec LOCO AD 6.1 GB. The SHA-256 is verified; interrupted, it goes on where it '
                 f'stopped. Both sets are {LICENCE}.')
@@ -222,19 +238,22 @@ def fit(args):
     "pradot fit"
     check_writable(args.out)
     config, category, start = _config(args), _category(args), time.perf_counter()
+    train, held = category.train, ()
+    if args.calibrate is not None: train, held = split(train, args.calibrate, config.seed)
     parts = Path(f'{args.out}.parts')
     if args.resume and not parts.is_dir(): raise InputError(f'there is nothing to resume in {parts}; leave --resume out')
     if parts.is_dir() and not args.resume: shutil.rmtree(parts)
     missing = [p for p in (parts, *parts.parents) if not p.exists()]
-    try: model = Pradot(config, args.device).fit(category.train, True, category.validation, args.cache, parts)
+    try: model = Pradot(config, args.device).fit(train, True, category.validation, args.cache, parts)
     except BaseException:
         if missing and not [p for p in parts.glob('*') if p.suffix == '.safetensors' and p.name[0] != '.']:
             shutil.rmtree(missing[-1], ignore_errors=True)      # nothing was finished: leave nothing
         raise
+    if held: model.calibrate(held)
     model.save(args.out)
     shutil.rmtree(parts, ignore_errors=True)
-    print(f'{args.out}: {len(category.train)} images of {category.name} learnt in {time.perf_counter() - start:.0f} s, '
-          f'{Path(args.out).stat().st_size/1e6:.0f} MB')
+    print(f'{args.out}: {len(train)} images of {category.name} learnt in {time.perf_counter() - start:.0f} s, '
+          f'{Path(args.out).stat().st_size/1e6:.0f} MB' + (f'; calibrated with {len(held)} others' if held else ''))
 
 def evaluate_(args):
     "pradot evaluate"
@@ -309,19 +328,54 @@ def _named(paths, out):
             found[name] = q
     return found
 
+def calibrate_(args):
+    "pradot calibrate"
+    out = args.out or args.model
+    check_writable(out)
+    held, seen = list(_named(args.images, Path(out).parent).values()), {}
+    for p in held:
+        picture = read_image(p)                            # what is no image is said now
+        if (other := seen.setdefault((picture.size, hashlib.sha256(picture.tobytes()).digest()), p)) is not p:
+            raise InputError(f'{p} and {other} are the same picture, which is one draw and not two; leave one out')
+    model = Pradot.load(args.model, args.device).calibrate(held, batch_size=args.batch_size)
+    model.save(out)
+    print(f'{out}: calibrated with {len(held)} images; the smallest false-alarm rate possible is 1/{len(held) + 1} = {1/(len(held) + 1):.2g}')
+
 def predict(args):
     "pradot predict"
     named = _named(args.images, args.out)
     check_writable(Path(args.out)/'scores.csv')
-    model, rows = Pradot.load(args.model, args.device), []
+    if args.report: check_writable(args.report)
+    elif args.normal: raise InputError('--normal is for the restored images of a report; add --report PAGE.html or leave it out')
+    model, rows, kept = Pradot.load(args.model, args.device), [], []
+    c, rate = model.calibration, 0.05 if args.rate is None else args.rate
+    if c: c.threshold(rate)                                # refuses a rate that is too small, before work begins
+    elif args.rate is not None:
+        raise InputError(f'{args.model} is not calibrated, so --rate means nothing to it; run `pradot calibrate` with normal '
+                         'images that it has not learnt from')
+    else: warnings.warn('the model is not calibrated, so nothing is called normal or anomalous; run `pradot calibrate` with '
+                        'normal images that it has not learnt from')
+    normal = list(_named(args.normal, args.out).values()) if args.normal else None
     with replacing_files(args.out) as out:
         for d in ('maps', 'overlays'): (out/d).mkdir()
         for name, (path, amap, score) in zip(named, model.stream(list(named.values()), batch_size=args.batch_size)):
             Image.fromarray(amap).save(out/'maps'/f'{name}.tiff')
-            overlay(Record(path).image(), amap, model.reference).save(out/'overlays'/f'{name}.png')
-            rows.append(dict(image=str(path), score=score, map=f'maps/{name}.tiff', overlay=f'overlays/{name}.png'))
-        pd.DataFrame(rows).to_csv(out/'scores.csv', index=False)
-    print(f'{args.out}: maps, overlays and scores.csv of {len(rows)} images')
+            picture = Record(path).image()
+            overlay(picture, amap, model.scale).save(out/'overlays'/f'{name}.png')
+            found = verdict(amap, c, rate) if c else dict(score=score)
+            rows.append(dict(image=str(path)) | found | dict(map=f'maps/{name}.tiff', overlay=f'overlays/{name}.png'))
+            if args.report: kept.append(entry(model, path, amap, found if c else None))
+        table = [r | ({'regions': len(r['regions'])} if c else {}) for r in rows]
+        pd.DataFrame(table).to_csv(out/'scores.csv', index=False, errors='backslashreplace')
+        how = dict(images=len(c.scores), rate=rate, threshold=c.threshold(rate), interval=c.interval(rate)) if c else None
+        for r in rows: r |= dict(regions=[g._asdict() for g in r['regions']]) if c else {}
+        (out/'scores.json').write_text(json.dumps(dict(pradot=__version__, calibration=how, images=rows), indent=1) + '\n')
+        if args.report:
+            with replacing(args.report) as paper:
+                paper.write_text(page(model, kept, rate if c else None, normal), encoding='utf-8')
+    print(f'{args.out}: maps, overlays, scores.csv and scores.json of {len(rows)} images'
+          + (f', {sum(r["anomalous"] for r in rows)} of them anomalous' if c else '')
+          + (f'; {args.report} to look at' if args.report else ''))
 
 # %% ../nbs/10_cli.ipynb #17b85891
 _PAGE = '''<!doctype html>
