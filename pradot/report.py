@@ -135,15 +135,16 @@ async function restore(canvas, which, k) {
   canvas.width = W*w; canvas.height = H*h
   which.forEach((p, i) => c.drawImage(im, (p % cols)*w, Math.floor(p/cols)*h, w, h, (i % W)*w, Math.floor(i/W)*h, w, h))
 }
-function draw(box) {
+async function draw(box) {
+  const picture = box.closest('tr').querySelector('img')
+  picture.loading = 'eager'; await picture.decode()
   const row = data.images[box.dataset.i], k = +box.querySelector('select').value, kind = data.kinds[k]
   const which = numbers(row.which[k], kind.wide), [first, second] = box.querySelectorAll('canvas')
   first.width = 480; first.height = Math.round(480*row.size[0]/row.size[1])
-  arrows(first, box.closest('tr').querySelector('img'), which, kind, row)
+  arrows(first, picture, which, kind, row)
   if (second) { second.style.aspectRatio = row.size[1] + '/' + row.size[0]; restore(second, which, k) }
 }
-document.addEventListener('toggle', e => {
-  const box = e.target
+function opened(box) {
   if (!box.open || box.querySelector('select')) return
   const label = document.createElement('label'), select = document.createElement('select'), two = document.createElement('div')
   data.kinds.forEach((kind, k) => select.add(new Option(kind.name, k)))
@@ -153,7 +154,9 @@ document.addEventListener('toggle', e => {
   box.querySelector('.more').prepend(label, two)
   select.onchange = () => draw(box)
   draw(box)
-}, true)
+}
+document.addEventListener('toggle', e => opened(e.target), true)
+document.querySelectorAll('details[open]').forEach(opened)
 '''
 
 def _row(i, e):
