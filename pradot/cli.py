@@ -353,8 +353,6 @@ def predict(args):
     elif args.rate is not None:
         raise InputError(f'{args.model} is not calibrated, so --rate means nothing to it; run `pradot calibrate` with normal '
                          'images that it has not learnt from')
-    else: warnings.warn('the model is not calibrated, so nothing is called normal or anomalous; run `pradot calibrate` with '
-                        'normal images that it has not learnt from')
     normal = list(_named(args.normal, args.out).values()) if args.normal else None
     with replacing_files(args.out) as out:
         for d in ('maps', 'overlays'): (out/d).mkdir()
@@ -373,6 +371,8 @@ def predict(args):
         if args.report:
             with replacing(args.report) as paper:
                 paper.write_text(page(model, kept, rate if c else None, normal), encoding='utf-8')
+    if not c: warnings.warn('the model is not calibrated, so nothing is called normal or anomalous; run `pradot calibrate` '
+                            'with normal images that it has not learnt from')
     print(f'{args.out}: maps, overlays, scores.csv and scores.json of {len(rows)} images'
           + (f', {sum(r["anomalous"] for r in rows)} of them anomalous' if c else '')
           + (f'; {args.report} to look at' if args.report else ''))
