@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .cost import PRODUCTS, structural
 from .data import InputError, replacing, split
+from .decision import Calibration
 from .features import Backbone, alone, batches, extract, fingerprints, memory_advice, pick_device, unchanged
 from .prototypes import STARTS, learn, nearest, steps
 from .transport import SOLVERS
@@ -202,6 +203,7 @@ class Pradot:
                              f'there are {", ".join(f.name for f in fields(Config))}') from None
         self.device = pick_device(device)
         self.backbone, self.prototypes, self.history, self.reference, self.seconds = None, {}, {}, None, {}
+        self.calibration = None
 
     def __repr__(self): return f'Pradot({"fitted" if self.prototypes else "not fitted"}, {self.config})'
 
@@ -252,7 +254,7 @@ class Pradot:
             grids = {k: self._nearest(Z[k[0]][some].to(self.device), p, k[1])[0] for k, p in prototypes.items()}
             maps = merge({k: d.cpu() for k, d in grids.items()}, c.image_size, c.align_corners)
         self.backbone, self.prototypes, self.history, self.seconds = backbone, prototypes, history, seconds
-        self.reference = float(maps.median()), float(maps.max())
+        self.reference, self.calibration = (float(maps.median()), float(maps.max())), None
         loose = [h['error'] for hs in history.values() for h in hs if not h['converged']]
         done = sum(map(len, history.values()))
         if loose: warnings.warn(f'in {len(loose)} of {done} steps Sinkhorn stopped at {c.iterations} iterations with '
@@ -339,6 +341,20 @@ class Pradot:
         _, maps, scores = zip(*self.stream(images, size, batch_size, progress))
         return Prediction(np.stack(maps) if len({m.shape for m in maps}) == 1 else list(maps), np.array(scores))
 
+    def calibrate(self,
+        images,            # Normal images that were not learnt from, as `fit` takes them
+        progress:bool=True,# A bar, in a terminal
+        batch_size:int=16  # Images at a time
+    ):
+        "Keep the scores of held-out normal images, by which p-values and thresholds are given; returns the model itself"
+        self.calibration = Calibration([s for *_, s in self.stream(list(images), None, batch_size, progress)])
+        return self
+
+    @property
+    def scale(self)->tuple[float,float]:
+        "The ends of colour scales, for `pradot.figures.level`: of the calibration, or without one of the training images"
+        return self.calibration.reference if self.calibration else self.reference
+
     def _fitted(self):
         if not self.prototypes: raise InputError('the model has learnt nothing yet; call fit or load first')
 
@@ -349,6 +365,7 @@ class Pradot:
         self._fitted()
         tensors = {f'prototypes.{l}.{a!r}': p for (l, a), p in self.prototypes.items()}
         tensors |= {f'backbone.{k}': v for k, v in self.backbone.net.state_dict().items()}
+        if self.calibration: tensors['calibration.scores'] = torch.tensor(self.calibration.scores)    # (m,) float64
         tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
         meta = dict(pradot=__version__, format=str(FORMAT), config=json.dumps(asdict(self.config)),
                     reference=json.dumps(self.reference))
@@ -384,6 +401,7 @@ class Pradot:
         c, model.reference = model.config, tuple(json.loads(meta['reference']))
         weights = {k[9:]: v for k, v in tensors.items() if k.startswith('backbone.')}
         model.backbone = Backbone(c.backbone, weights, c.stages).to(model.device)
+        if 'calibration.scores' in tensors: model.calibration = Calibration(tensors['calibration.scores'].numpy())
         keys = [(l, a) for l in c.stages for a in c.alphas]
         model.prototypes = {(l, a): tensors[f'prototypes.{l}.{a!r}'].to(model.device) for l, a in keys}
         return model
