@@ -159,8 +159,9 @@ def _setting(config, skip=()):
 
 def _test_images(row):
     "Test images of the run, and of the published category"
-    parts, counts = PUBLISHED[row['dataset']].parts, PUBLISHED[row['dataset']].counts[row['category']]
-    return row['images']['test'], sum(k for p, k in zip(parts, counts) if p.startswith('test'))
+    here, of = row['images']['test'], PUBLISHED[row['dataset']]
+    if row['category'] not in of.counts: return here, here              # your own, in the layout of the data set
+    return here, sum(k for p, k in zip(of.parts, of.counts[row['category']]) if p.startswith('test'))
 
 def said(
     number:int,         # 3 or 4
