@@ -247,9 +247,15 @@ def images(
     return ps
 
 # %% ../nbs/00_data.ipynb #3a7e15c4
+def _one_name(name):
+    "Refuse a category that is a path: results are named after it, and must not lie elsewhere"
+    if not name or name in ('.', '..') or re.search(r'[/\\\0]', name):
+        raise InputError(f'{name!r} is no category; give the name of one folder in the folder of categories')
+
 def _category_folder(root, name, needs):
     "ROOT/NAME with `needs` inside it, or one sentence that says which of the three is missing"
     root = Path(root)
+    _one_name(name)
     if not root.is_dir(): raise InputError(f'{root} is not a folder; give the folder that holds the categories')
     here = root/name
     if not here.is_dir():
@@ -371,6 +377,7 @@ def folder(
     name:str|None=None  # A folder inside `root`; without it `root` itself
 )->Category:
     "Any folder of images as a category; images in `train` (or `train/good`) are normal, masks are optional"
+    if name: _one_name(name)
     here = Path(root)/(name or '')
     if not here.is_dir(): raise InputError(f'{here} is not a folder; check the path')
     if not (here/'train').is_dir(): return Category(here.resolve().name, tuple(map(Record, images(here))))
