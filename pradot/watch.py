@@ -146,7 +146,9 @@ def arrivals(
             if not gone: say(f'{folder} cannot be read ({e.strerror or e}); waiting for it')
             now, gone = {}, True
         new = {k: s for k, s in now.items() if known.get(k, ())[:2] != s.same}
-        ready = [(k, s) for k, s in new.items() if complete(s, before.get(k), 2*interval)]
+        whole = {k for k, s in new.items() if complete(s, before.get(k), 2*interval)}
+        first_open = min((s.mtime_ns for k, s in new.items() if k not in whole), default=2**63)
+        ready = [(k, new[k]) for k in whole if new[k].mtime_ns <= first_open]       # no image overtakes an earlier one
         if first is None: first = set(new)
         if once and not first & new.keys(): return
         before = new
