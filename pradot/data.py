@@ -114,7 +114,7 @@ def _opened(path, what, read):
     try:
         with Image.open(path) as im: return read(im)
     except FileNotFoundError: raise InputError(f'{path} does not exist; check the path') from None
-    except (InputError, MemoryError): raise
+    except InputError: raise
     except Image.DecompressionBombError:
         raise InputError(f'{path} cannot be read as {what}: it claims more than {most} pixels; remove it, or set '
                          'PRADOT_MAX_PIXELS=N to allow N') from None

@@ -117,7 +117,7 @@ def read_map(
             if math.prod(f.series[0].shape) > (most := limit_pixels()):
                 raise InputError(f'{path} claims more than {most} pixels; write it again, or set PRADOT_MAX_PIXELS=N to allow N')
             a = f.asarray()
-    except (InputError, MemoryError): raise
+    except InputError: raise
     except FileNotFoundError: raise InputError(f'{path} does not exist; each test image needs its map there') from None
     except Exception as e: # whatever it is, the file is no map
         why = (str(e).splitlines() or [type(e).__name__])[0][:120]
