@@ -138,6 +138,16 @@ def _digest(meta, tensors):
     for k in sorted(tensors): h.update(k.encode()); h.update(tensors[k].contiguous().numpy().data)
     return h.hexdigest()
 
+def _check_shapes(model):
+    "Prototypes must be (n, H_l, W_l, D_l), as the backbone's features of `image_size` are; what a file says may be wrong"
+    side, (H, W) = model.backbone.stride, model.config.image_size
+    D = {l: z.shape[-1] for l, z in model.backbone(torch.zeros(1, 3, side, side, device=model.device)).items()}
+    for (l, a), p in model.prototypes.items():
+        grid = [math.ceil(s/2**(l + 1)) for s in (H, W)]
+        if p.dtype != torch.float32 or p.ndim != 4 or not len(p) or [*p.shape[1:]] != [*grid, D[l]]:
+            raise ValueError(f'prototypes of stage {l}, α = {a:g} are {tuple(p.shape)} {p.dtype} where features are '
+                             f'{(*grid, D[l])} torch.float32')
+
 FORMAT = 1 # Of the model file; raised when an older pradot could no longer read it
 
 _LEARNING = ('n', 'eps', 'iterations', 'tol', 'eta', 'epochs', 'batch_size', 'warm', 'seed', 'solver', 'start', 'nominal',
@@ -395,13 +405,20 @@ class Pradot:
                     raise SafetensorError('its contents are not what was saved')
         except FileNotFoundError: raise InputError(f'there is no model {path}; make one with `pradot fit`') from None
         except (SafetensorError, OSError) as e:
-            raise InputError(f'{path} is damaged or no model file ({e}); '
+            raise InputError(f'{path} is damaged or no model file ({str(e)[:300]}); '
                              'copy it again or make it anew with `pradot fit`') from None
-        model = cls(Config(**json.loads(meta['config'])), device)
-        c, model.reference = model.config, tuple(json.loads(meta['reference']))
-        weights = {k[9:]: v for k, v in tensors.items() if k.startswith('backbone.')}
-        model.backbone = Backbone(c.backbone, weights, c.stages).to(model.device)
-        if 'calibration.scores' in tensors: model.calibration = Calibration(tensors['calibration.scores'].numpy())
-        keys = [(l, a) for l in c.stages for a in c.alphas]
-        model.prototypes = {(l, a): tensors[f'prototypes.{l}.{a!r}'].to(model.device) for l, a in keys}
+        try:
+            model = cls(Config(**json.loads(meta['config'])), device)
+            c, (low, high) = model.config, json.loads(meta['reference'])
+            model.reference = float(low), float(high)
+            weights = {k[9:]: v for k, v in tensors.items() if k.startswith('backbone.')}
+            model.backbone = Backbone(c.backbone, weights, c.stages).to(model.device)
+            if 'calibration.scores' in tensors: model.calibration = Calibration(tensors['calibration.scores'].numpy())
+            keys = [(l, a) for l in c.stages for a in c.alphas]
+            model.prototypes = {(l, a): tensors[f'prototypes.{l}.{a!r}'].to(model.device) for l, a in keys}
+            _check_shapes(model)
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
+            why = f'it lacks {e}' if isinstance(e, KeyError) else e
+            raise InputError(f'{path} is no model that pradot {__version__} can use ({str(why)[:300]}); '
+                             'make it anew with `pradot fit`') from None
         return model

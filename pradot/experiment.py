@@ -8,9 +8,9 @@ __all__ = ['LOADERS', 'METRICS', 'NOTE', 'truth', 'released_truth', 'evaluate', 
            'variants', 'categories_in', 'categories_of', 'fit_all', 'tested', 'compare', 'reproduce', 'made_by']
 
 # %% ../nbs/08_experiment.ipynb #e9891577
-import hashlib, json, logging, os, platform, shutil, sys, time, traceback, warnings
+import hashlib, json, logging, math, os, platform, shutil, sys, time, traceback, warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from datetime import date
 from importlib.metadata import version
 from importlib.resources import files
@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from . import __version__
-from .data import (Category, InputError, PUBLISHED, Record, SUFFIXES, check_writable, defect_of, folder, mvtec_ad, mvtec_loco,
-                         replacing, sha256)
+from .data import (Category, InputError, PUBLISHED, Record, SUFFIXES, check_writable, defect_of, folder, limit_pixels,
+                         mvtec_ad, mvtec_loco, replacing, sha256)
 from .detector import PAPER, Config, Pradot
 from .features import alone
 from .metrics import Evaluation, channel, image_auroc, saturation
@@ -112,7 +112,12 @@ def read_map(
     path:str|Path # A TIFF of one channel
 )->np.ndarray:    # (H, W), of the file's own type
     "A stored anomaly map; raises `InputError` for a file that is missing, damaged, or no map"
-    try: a = tifffile.imread(path)
+    try:
+        with tifffile.TiffFile(path) as f:
+            if math.prod(f.series[0].shape) > (most := limit_pixels()):
+                raise InputError(f'{path} claims more than {most} pixels; write it again, or set PRADOT_MAX_PIXELS=N to allow N')
+            a = f.asarray()
+    except InputError: raise
     except FileNotFoundError: raise InputError(f'{path} does not exist; each test image needs its map there') from None
     except Exception as e: # whatever it is, the file is no map
         why = (str(e).splitlines() or [type(e).__name__])[0][:120]
@@ -252,15 +257,36 @@ def _do(run, out, device, patience, progress, threads, models=False):
         with replacing(failed) as tmp: tmp.write_text(json.dumps(row, indent=1) + '\n', encoding='utf-8')
         return row
 
+_ROW = dict(dataset=str, category=str, hash=str, seed=int, date=str, config=dict, metrics=dict, seconds=dict, images=dict,
+            machine=dict, versions=dict)
+_USED = 'stages', 'alphas', 'n', 'batch_size', 'epochs', 'weights' # settings that tables ask for
+
+def _check_row(row):
+    "Raise an error where a row is not as `measure` writes it"
+    for k, kind in _ROW.items():
+        if type(row[k]) is not kind: raise ValueError(f'{k} is no {kind.__name__}')
+    if unknown := sorted(row['config'].keys() - {f.name for f in fields(Config)}):
+        raise ValueError(f'there is no setting {unknown[0][:80]!r}')
+    Config(**row['config'])
+    for k in _USED: row['config'][k]
+    for k in ('cpu', 'gpu', 'cores'): row['machine'][k]
+    parts, released = (row['images'][k] for k in ('train', 'test')), row['metrics'].get('released', {})
+    if not all(type(n) is int and n >= 0 for n in parts): raise ValueError('images are no whole numbers')
+    heads = [m[k] for m in (row['metrics'], released) for k in ('image_auroc', 'pixel_auroc', 'au_pro', 'au_spro')
+             if m.get(k) is not None]
+    if not all(type(x) in (int, float) for x in (*heads, *row['seconds'].values())):
+        raise ValueError('metrics or seconds are no numbers')
+
 def read_row(
     path:str|Path # A file in OUT/runs
 )->dict:
     "One row; raises `InputError` for a file that is no result"
     try:
         row = json.loads(Path(path).read_text(encoding='utf-8'))
-        if not {'dataset', 'category', 'hash', 'seed', 'metrics'} <= row.keys(): raise ValueError('it lacks entries')
-    except (OSError, ValueError, AttributeError) as e:
-        raise InputError(f'{path} is not the result of a run ({e}); delete it and run the grid again') from None
+        _check_row(row)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        why = f'it lacks {e}' if isinstance(e, KeyError) else e
+        raise InputError(f'{path} is not the result of a run ({str(why)[:300]}); delete it and run the grid again') from None
     return row
 
 def grid(
@@ -418,8 +444,10 @@ def tested(
 )->tuple[int,int]:
     "Test images that were measured, and those published of the same categories"
     have, published = {r['category']: r['images']['test'] for r in rows}, PUBLISHED[dataset]
-    whole = sum(n for c in have for p, n in zip(published.parts, published.counts[c]) if p.startswith('test'))
-    return sum(have.values()), whole
+    def whole(c):
+        if c not in published.counts: return have[c]      # your own, in the layout of the data set
+        return sum(n for p, n in zip(published.parts, published.counts[c]) if p.startswith('test'))
+    return sum(have.values()), sum(map(whole, have))
 
 def compare(
     number:int,        # 1 to 4: a table of the paper

@@ -97,7 +97,7 @@ def read_weights(
         raise InputError(f'{path} holds no weights that can be read ({_first_line(e)}); '
                          'give a safetensors file or a plain state dict') from None
     if isinstance(state, dict): state = state.get('state_dict', state)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise InputError(f'{path} holds something else than a dictionary of tensors; save model.state_dict()')
     return state
 
