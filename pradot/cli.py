@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from . import __version__
+from .check import check_command
 from .cost import PRODUCTS
 from .data import Category, InputError, PUBLISHED, Record, check_writable, folder, images, read_image, replacing, replacing_files, split
 from .decision import verdict
@@ -266,6 +267,13 @@ def parser()->argparse.ArgumentParser:
                    help='of false alarms, if the model is calibrated (default: 0.05)')
     p.add_argument('--batch-size', **(batch | dict(default=4, help='images at a time; fewer need less memory (default: 4)')))
     p.add_argument('--device', **device)
+
+    p = command('check', check_command, 'tell before training what will go wrong with a folder of images',
+                'Exit status 0: no problem; 1: at least one. Notes do not count.')
+    p.add_argument('folder', metavar='FOLDER', help='images; good/ and bad kinds; or train/, test/KIND/ and ground_truth/')
+    p.add_argument('--n', type=at_least_one, default=16, help='prototypes a grid cell that shall be learnt (default: 16)')
+    p.add_argument('--batch-size', type=at_least_one, default=64, help='images a step (default: 64)')
+    p.add_argument('--out', metavar='check.json', help='write all that was found there')
 
     p = command('download', download_command, 'fetch a benchmark data set, verify and unpack it',
                 'MVTec AD is 5.3 GB, MVTec LOCO AD 6.1 GB. The SHA-256 is verified; interrupted, it goes on where it '
@@ -549,8 +557,8 @@ def main(argv:list[str]|None=None)->int:
         with warnings.catch_warnings():
             warnings.showwarning = note
             warnings.filterwarnings('ignore', module='PIL') # what Pillow only warns of, pradot.data says in its sentence
-            with memory_advice('--batch-size, --n or --image-size'): args.run(args)
-        return 0
+            with memory_advice('--batch-size, --n or --image-size'): status = args.run(args)
+        return status or 0
     except InputError as e: print(f'pradot {args.command}:', str(e).replace('\n', '\\n'), file=sys.stderr) # names may hold a newline
     except KeyboardInterrupt:
         then = 'nothing was written'

@@ -267,11 +267,14 @@ def _category_folder(root, name, needs):
 
 def _orphan(mask, test): return f'{mask} is a mask without an image in {test}; remove it or add the image'
 
-def _test_records(here, masks, needed=True):
-    """Records of HERE/test, kind by kind; `masks(kind, stem)` gives an image's mask files.
+def _kinds(folder): # the folders in it
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.')) if folder.is_dir() else []
+
+def _test_records(here, masks, needed=True, folders=None):
+    """Records of HERE/test or of `folders`, kind by kind; `masks(kind, stem)` gives an image's mask files.
     An anomalous image without a mask (where `needed`) and a mask without an image are refused."""
     test, truth = here/'test', here/'ground_truth'
-    folders = [p for p in test.iterdir() if p.is_dir() and not p.name.startswith('.')] if test.is_dir() else []
+    if folders is None: folders = _kinds(test)
     records, used = [], set()
     for folder in sorted(folders):
         for p in images(folder):
@@ -372,21 +375,34 @@ def mvtec_loco(
                     _test_records(here, masks), read_defects(here/'defects_config.json'))
 
 # %% ../nbs/00_data.ipynb #d57e351d
+def _layout(here):
+    "The folders of normal images, of validation images (or None), and of each kind of test image"
+    def good(part): return here/part/'good' if (here/part/'good').is_dir() else here/part
+    if (here/'train').is_dir(): return good('train'), good('validation') if (here/'validation').is_dir() else None, _kinds(here/'test')
+    if not (here/'good').is_dir() or _images(here): return here, None, []
+    return here/'good', None, [p for p in _kinds(here) if p.name not in ('good', 'ground_truth') and _images(p)]
+
+def _optional_masks(here, kind, stem):
+    every = (here/'ground_truth'/kind/f'{stem}_mask{s}' for s in sorted(SUFFIXES))
+    return [p for p in every if p.is_file()]
+
 def folder(
-    root:str|Path,      # Images, or train/ and perhaps test/KIND/ and ground_truth/KIND/ID_mask.png
+    root:str|Path,      # Images; or good/ and perhaps bad kinds; or train/ and perhaps validation/ and test/KIND/
     name:str|None=None  # A folder inside `root`; without it `root` itself
 )->Category:
-    "Any folder of images as a category; images in `train` (or `train/good`) are normal, masks are optional"
+    """Any folder of images as a category; masks, in ground_truth/KIND/ID_mask.png, are optional.
+    Of `good` beside bad kinds a fifth is test; of `train` (or `train/good`) all are to learn from"""
     if name: _one_name(name)
     here = Path(root)/(name or '')
     if not here.is_dir(): raise InputError(f'{here} is not a folder; check the path')
-    if not (here/'train').is_dir(): return Category(here.resolve().name, tuple(map(Record, images(here))))
-    train = here/'train'/'good'
-    def masks(kind, stem):
-        every = (here/'ground_truth'/kind/f'{stem}_mask{s}' for s in sorted(SUFFIXES))
-        return [p for p in every if p.is_file()]
-    return Category(here.resolve().name, tuple(map(Record, images(train if train.is_dir() else here/'train'))),
-                    test=_test_records(here, masks, needed=False))
+    train, validation, kinds = _layout(here)
+    normal, title = tuple(map(Record, images(train))), here.resolve().name
+    if train == here: return Category(title, normal)
+    test = _test_records(here, lambda kind, stem: _optional_masks(here, kind, stem), False, kinds)
+    if train == here/'good' and test:
+        normal, held = split(normal)
+        test = held + test
+    return Category(title, normal, tuple(map(Record, images(validation))) if validation else (), test)
 
 # %% ../nbs/00_data.ipynb #525523a3
 def split(
