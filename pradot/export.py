@@ -119,18 +119,17 @@ def threshold_for(
     rate:float|None=None       # Or the share of false alarms to accept, where the model is calibrated
 )->float|None:                 # None: there will be no decision
     "The score above which an image shall be called anomalous; `InputError` where that cannot be told"
-    calibration = getattr(model, 'calibration', None)
     if threshold is not None and rate is not None:
         raise InputError('give a threshold or a rate of false alarms, not both')
     if threshold is not None:
         if not 0 <= threshold <= 2:
             raise InputError(f'a threshold must lie between 0 and 2, as scores do, not {threshold}')
         return float(threshold)
-    if calibration is None:
+    if model.calibration is None:
         if rate is None: return None
         raise InputError('the model is not calibrated, so no threshold belongs to a rate of false alarms; calibrate '
                          'it, or give a threshold')
-    return float(calibration.threshold(RATE if rate is None else rate))
+    return float(model.calibration.threshold(RATE if rate is None else rate))
 
 def description(
     detector:Detector # What is exported

@@ -173,10 +173,9 @@ def _read(path, seen, stride):
 
 def _decide(model, rate):
     "score -> what a calibrated model says of it, as a dict"
-    calibration = getattr(model, 'calibration', None)
-    if calibration is None: return lambda score: {}
-    threshold = float(calibration.threshold(rate))
-    return lambda score: dict(p=float(np.ravel(calibration.p(np.array([score])))[0]), anomalous=bool(score > threshold))
+    if model.calibration is None: return lambda score: {}
+    threshold = model.calibration.threshold(rate)
+    return lambda score: dict(p=float(model.calibration.p(score)), anomalous=score > threshold)
 
 def watch(
     model:Pradot,          # Fitted or loaded
@@ -228,7 +227,7 @@ def watch(
                     found = dict(score=score) | decide(score)
                     if overlays:
                         found['overlay'] = f'overlays/{journal.lines + 1:06d}.png'
-                        with replacing(out/found['overlay']) as tmp: overlay(image, amap, model.reference).save(tmp)
+                        with replacing(out/found['overlay']) as tmp: overlay(image, amap, model.scale).save(tmp)
                     yield line(name, seen, digest, **found)
 
 # %% ../nbs/16_watch.ipynb #7bf29a0e

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from pradot.data import InputError
+from pradot.decision import Calibration
 from pradot.detector import LIGHT, OFFICIAL, Config, Pradot
 from pradot import export as module
 from pradot.export import KINDS, OPSET, Detector, Search, export, run_onnx, run_pt2, threshold_for
@@ -157,17 +158,11 @@ def test_pt2_says_what_it_is_and_needs_no_pradot(model, tmp_path):
 
 # --- thresholds
 
-class Calibration:
-    "Stands for pradot.decision.Calibration"
-    def threshold(self, rate):
-        if rate < 0.1: raise InputError('the smallest possible rate is 0.1')
-        return 2 - rate
-
 def test_which_threshold(model):
     m = Pradot(model.config, 'cpu')
     assert threshold_for(m) is None and threshold_for(m, 0.3) == 0.3
-    m.calibration = Calibration()
-    assert threshold_for(m, rate=0.5) == 1.5 and threshold_for(m, 0.3) == 0.3
+    m.calibration = Calibration(np.linspace(0.1, 0.9, 9))
+    assert threshold_for(m, rate=0.1) == 0.9 and threshold_for(m, rate=0.5) == 0.5 and threshold_for(m, 0.3) == 0.3
     for words, says in ((dict(), 'smallest possible'), (dict(threshold=0.1, rate=0.1), 'not both'), (dict(threshold=float('nan')), '0 and 2'),
                         (dict(threshold=-1.), '0 and 2')):
         with pytest.raises(InputError, match=says): threshold_for(m, **words)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from pradot import watch as module
 from pradot.data import InputError
+from pradot.decision import Calibration
 from pradot.detector import LIGHT, Pradot
 from pradot.watch import Journal, Seen, arrivals, complete, look, watch
 
@@ -224,17 +225,12 @@ def test_disk_full_leaves_no_half_line(tmp_path):
     with Journal(tmp_path/'j.jsonl') as j: assert list(j.known) == ['a']
 
 def test_decision_of_a_calibrated_model(model, tmp_path, monkeypatch):
-    scores = np.array([0.1, 0.2, 0.3])
-    class Calibration:
-        def p(self, s): return (1 + (scores[None] >= np.asarray(s)[:, None]).sum(1))/4
-        def threshold(self, rate):
-            if rate < 0.25: raise InputError('the smallest rate is 0.25')
-            return 0.3
-    monkeypatch.setattr(model, 'calibration', Calibration(), raising=False)
+    calibration = Calibration([0.1, 0.2, 0.3])
+    monkeypatch.setattr(model, 'calibration', calibration)
     picture(tmp_path/'in'/'a.png', 50)
     with pytest.raises(InputError, match='0.25'): once(model, tmp_path/'in', tmp_path/'out', rate=0.1)
     e, = once(model, tmp_path/'in', tmp_path/'out', rate=0.25)
-    assert e['p'] == Calibration().p([e['score']])[0] and e['anomalous'] == (e['score'] > 0.3)
+    assert e['p'] == calibration.p(e['score']) and e['anomalous'] == (e['score'] > 0.3)
 
 def test_memory_and_looks_do_not_pile_up(model, tmp_path):
     "Few images at a time, however many are there"
