@@ -14,7 +14,7 @@ os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../nbs/10_cli.ipynb #cb43f3c9
-import argparse, base64, hashlib, html, io, json, platform, shutil, signal, sys, threading, time, warnings
+import _thread, argparse, base64, hashlib, html, io, json, platform, shutil, signal, sys, threading, time, warnings
 from dataclasses import fields, replace
 from datetime import date
 from pathlib import Path
@@ -251,6 +251,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('images', nargs='+', metavar='IMAGE_OR_FOLDER', help='normal images that the model has not learnt from')
     p.add_argument('--out', metavar='NEW.safetensors', help='the calibrated model (default: MODEL itself)')
     p.add_argument('--batch-size', **batch)
+    p.add_argument('--device', **device)
 
     p = command('watch', watch_command, 'judge images as they arrive in a folder',
                 'In order of arrival, each once, none half-written. DIR gets results.jsonl, a line for each image; the same command '
@@ -552,7 +553,11 @@ def main(argv:list[str]|None=None)->int:
     args = parser().parse_args(argv)
     def note(message, category, filename, lineno, file=None, line=None): print(f'note: {message}', file=sys.stderr)
     def stop(*_): raise KeyboardInterrupt
+    def dropped(what): # Python drops an exception that comes while it tidies up; this one is raised again, a moment later
+        if what.exc_type is not KeyboardInterrupt: return hook(what)
+        threading.Timer(0.05, _thread.interrupt_main, (signal.SIGTERM,)).start()
     before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         with warnings.catch_warnings():
             warnings.showwarning = note
@@ -570,5 +575,6 @@ def main(argv:list[str]|None=None)->int:
         print(f'pradot {args.command}: stopped; {then}', file=sys.stderr)
         return 130
     finally:
+        sys.unraisablehook = hook
         if before is not None: signal.signal(signal.SIGTERM, before)
     return 1

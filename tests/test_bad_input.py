@@ -1,5 +1,5 @@
 "Bad input through the command line: one sentence on stderr, a status that is not zero, and nothing written"
-import json, os, shutil, signal, subprocess, sys, time, urllib.error
+import json, os, shutil, signal, subprocess, sys, time, urllib.error, weakref
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -451,6 +451,17 @@ def test_interrupted(refused, ad, model, monkeypatch, where):
     else:
         monkeypatch.setattr(features.Backbone, 'forward', failing(KeyboardInterrupt()))
         refused(judge(model, ad.parent), 'stopped', 'nothing was written', status=130)
+
+def test_interrupted_while_python_tidies_up(refused, ad, model, monkeypatch):
+    class Kept: pass
+    def tidied(*_):
+        kept, link = (k := Kept()), weakref.ref(k, failing(KeyboardInterrupt()))      # an exception there is lost
+        del kept, k
+        end = time.monotonic() + 30
+        while time.monotonic() < end: time.sleep(0.01)
+        raise AssertionError('it went on')
+    monkeypatch.setattr(features.Backbone, 'forward', tidied)
+    refused(judge(model, ad.parent), 'stopped', 'nothing was written', status=130)
 
 def test_a_failure_leaves_no_folders_on_the_way_to_the_output(refused, ad, model):
     broken(ad/'test'/'good'/'000.png', 'half')

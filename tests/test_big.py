@@ -205,6 +205,7 @@ def test_folders_of_good_images_alone(root, tmp_path):
 def test_what_cannot_be_all(refused, root, tmp_path):
     refused(words(root, tmp_path/'m', 'cup,lip'), "has no category 'lip'; it has cup, lid, pot")
     refused(words(root/'notes', tmp_path/'m'), 'holds no category')
-    refused(words(root, tmp_path/'m', 'all', '--ram', 1), '--ram are for one category')
+    refused(words(root, tmp_path/'m', 'all', '--ram', 1), 'are for one category')
+    refused(words(root, tmp_path/'m', 'all', '--calibrate', 0.3), 'are for one category')
     refused(['evaluate', tmp_path/'m', '--dataset', 'mvtec_loco', '--data', root, '--category', 'all'], 'is not a folder')
     with pytest.raises(InputError, match='is not a folder'): categories_of('folder', tmp_path/'none')

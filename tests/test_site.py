@@ -78,7 +78,7 @@ def test_badge_and_installation_come_from_settings(root, notebooks):
         if not badges.runs(nb): continue
         title, badge, install = map(source, nb['cells'][:3])
         assert title.startswith('# ') and '\n\n> ' in title, n
-        assert badge == badges.badge(root, n) and install == badges.install(root), f'{n}: run python tests/badges.py'
+        assert badge == badges.badge(root, n) and install == badges.install(root, n), f'{n}: run python tests/badges.py'
 
 def test_the_installing_cell_does_nothing_elsewhere(root):
     code = badges.install(root).replace('%pip install -q ', 'raise SystemExit #')
