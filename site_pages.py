@@ -1,7 +1,7 @@
 """What the site changes in its copies of the notebooks (_proc/), before Quarto reads them; the notebooks stay as they are.
 
 Quarto runs it (`pre-render` in _quarto.yml). It makes pages that need no network, weigh little and link to each other:
-tables and widgets without scripts from elsewhere, pictures as JPEG where PNG is heavy, long code folded, a link to Colab
+tables and widgets without scripts from elsewhere, pictures as light as they can be, long code folded, a link to Colab
 instead of a badge, an anchor at each numbered equation and a link at each mention of one, of a figure, table or algorithm."""
 import base64
 import io
@@ -11,11 +11,11 @@ import re
 import sys
 from pathlib import Path, PurePosixPath
 
-HEAVY, LONG = 150_000, 8                             # bytes of a PNG, lines of code
+FEW, WIDE, LONG = .1, 1100, 8                        # mean error of 256 colours, pixels of a photo's width, lines of code
 FOLDED = 'paper/', 'beyond/', 'benchmarks/'          # pages that are about results: long code is folded there
 
 ASIDE = r'```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\[[^\]]*\](?:\([^)]*\))?|^#.*?$|<[^>]+>'  # no links are made in these
-MENTION = re.compile(rf'({ASIDE})|\b(Eq\.|Equation|Figure|Table|Algorithm)\s(\d+)[a-z]?\b', re.M | re.S)
+MENTION = re.compile(rf'({ASIDE})|\b(Eq\.|Equation|Figure|Table|Algorithm)\s(\d+)([a-z]?)\b', re.M | re.S)
 TAG = re.compile(r'\$\$((?:(?!\$\$).)*?)\s*\\tag\{(\w+)\}\s*\$\$', re.S)
 ANCHOR = re.compile(r'\{#(equation)-(\w+) ')           # what `prose` makes of a tag
 BADGE = re.compile(r'\[!\[[^\]]*\]\([^)]*colab-badge\.svg\)\]\(([^)]+)\)')
@@ -31,18 +31,26 @@ def offline(cell):
         if html and 'text/markdown' not in data: data['text/markdown'] = f'```{{=html}}\n{"".join(html).strip()}\n```\n'
     cell['outputs'] = [o for o in cell.get('outputs', []) if 'data' not in o or o['data']]
 
-def lighter(cell, heavy=HEAVY):
-    "Heavy PNG as JPEG"
-    from PIL import Image
+def lighter(cell):
+    "Pictures with few colours (drawings) as PNG with 256 of them, others (photos) as JPEG, where that is smaller"
+    from PIL import Image, ImageChops, ImageStat
     for o in cell.get('outputs', []):
-        png = ''.join(o.get('data', {}).get('image/png', ''))
-        if len(png) < heavy: continue
-        image, file = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGBA'), io.BytesIO()
+        data = o.get('data', {})
+        if 'image/png' not in data: continue
+        png = base64.b64decode(''.join(data['image/png']))
+        image = Image.open(io.BytesIO(png)).convert('RGBA')
         flat = Image.new('RGBA', image.size, 'white')
         flat.alpha_composite(image)
-        flat.convert('RGB').save(file, 'JPEG', quality=90, subsampling=0, optimize=True)
-        del o['data']['image/png']
-        o['data']['image/jpeg'] = base64.b64encode(file.getvalue()).decode()
+        flat = flat.convert('RGB')
+        few, file = flat.quantize(256, dither=Image.Dither.NONE), io.BytesIO()
+        drawing = sum(ImageStat.Stat(ImageChops.difference(flat, few.convert('RGB'))).mean)/3 < FEW
+        if drawing: few.save(file, 'PNG', optimize=True)
+        else:
+            flat.thumbnail((WIDE, 10**6), Image.Resampling.LANCZOS)
+            flat.save(file, 'JPEG', quality=78, optimize=True, progressive=True)
+        if file.tell() < len(png):
+            del data['image/png']
+            data['image/png' if drawing else 'image/jpeg'] = base64.b64encode(file.getvalue()).decode()
 
 def fold(cell, page):
     "Imports, and long code on a page about results, are shown on demand"
@@ -58,8 +66,11 @@ def targets(pages):
     "Where each numbered thing of the paper is: ('Equation', '4') → ('04_transport.ipynb', '#equation-4')"
     found = {}
     for page, nb in sorted(pages.items()):
-        m = re.match(r'paper/(algorithm|fig|table)(\d+)', page)
-        if m: found[{'fig': 'Figure'}.get(m[1], m[1].capitalize()), m[2]] = page, ''
+        m = re.match(r'paper/(algorithm|fig|table)(\d+)([a-z]?)', page)
+        if m:
+            what = {'fig': 'Figure'}.get(m[1], m[1].capitalize())
+            found[what, m[2] + m[3]] = page, ''
+            found.setdefault((what, m[2]), (page, ''))   # Figure 3 is where Figure 3a is
         if '/' in page: continue                     # an equation's home is in the library
         for cell in nb['cells']:
             if cell['cell_type'] == 'markdown':
@@ -72,7 +83,8 @@ def link(source, page, found):
     seen = set()
     def one(m):
         if m[1]: return m[1]
-        what = ('Equation' if m[2][:2] == 'Eq' else m[2]), m[3]
+        kind = 'Equation' if m[2][:2] == 'Eq' else m[2]
+        what = kind, m[3] + m[4] if (kind, m[3] + m[4]) in found else m[3]
         where, anchor = found.get(what, (page, ''))
         if what in seen or where == page and not anchor: return m[0]
         seen.add(what)

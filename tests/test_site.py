@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import badges
 
@@ -146,9 +146,11 @@ def cell(kind, text, *outputs):
     c = dict(cell_type=kind, source=text, metadata={})
     return c | dict(outputs=[dict(output_type='display_data', data=d) for d in outputs]) if kind == 'code' else c
 
-def png(size, noise=True):
+def photo(size): return Image.merge('RGB', [Image.effect_noise(size, 90) for _ in range(3)])
+
+def png(picture):
     file = io.BytesIO()
-    (Image.effect_noise(size, 90) if noise else Image.new('RGB', size)).convert('RGBA').save(file, 'PNG')
+    picture.convert('RGBA').save(file, 'PNG')
     return base64.b64encode(file.getvalue()).decode()
 
 @pytest.fixture
@@ -163,7 +165,7 @@ def small():
             cell('markdown', f'[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}x.ipynb)'),
             cell('markdown', 'Figure 4 draws Equation 1 [see Eq. 1, here](x.html).'),
             cell('code', 'import os\nimport re\nimport sys'), cell('code', '\n'.join(f'x{i} = {i}' for i in range(20)),
-                 {'image/png': png((500, 500))}), cell('code', 'x', {'image/png': png((50, 50), False)})])}
+                 {'image/png': png(photo((500, 500)))}), cell('code', 'x', {'image/png': png(Image.new('RGB', (50, 50)))})])}
 
 def test_prepared_pages_need_no_network(pages_script, small):
     pages_script.prepare(small)
@@ -190,6 +192,28 @@ def test_prepared_pages_are_light_and_folded(pages_script, small):
     assert list(long['outputs'][0]['data']) == ['image/jpeg'] and list(short['outputs'][0]['data']) == ['image/png']
     jpeg = Image.open(io.BytesIO(base64.b64decode(long['outputs'][0]['data']['image/jpeg'])))
     assert jpeg.size == (500, 500)
+
+def test_drawings_stay_sharp_and_photos_lose_what_nobody_sees(pages_script):
+    drawing = Image.new('RGB', (1500, 300), 'white')
+    ImageDraw.Draw(drawing).line((0, 0, 1500, 300), fill='#0072b2', width=9)
+    for picture, kind, size in (drawing, 'image/png', (1500, 300)), (photo((1500, 300)), 'image/jpeg', (1100, 220)):
+        c = cell('code', 'x', {'image/png': png(picture)})
+        before = len(c['outputs'][0]['data']['image/png'])
+        pages_script.lighter(c)
+        (found, data), = c['outputs'][0]['data'].items()
+        after = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert (found, after.size) == (kind, size) and len(data) < before
+        if picture is drawing: assert after.convert('RGB').tobytes() == drawing.tobytes()
+        once = json.dumps(c)
+        pages_script.lighter(c)
+        assert json.dumps(c) == once
+
+@pytest.mark.parametrize('text,link', [('Figure 3a', 'fig3a_batch.ipynb'), ('Figure 3b', 'fig3b_alpha.ipynb'), ('Figure 3', 'fig3a_batch.ipynb'),
+                                       ('Figure 4b', 'fig4_assignments.ipynb')])
+def test_a_figure_with_a_letter_has_its_own_page(pages_script, text, link):
+    found = pages_script.targets({f'paper/{n}.ipynb': {'cells': []} for n in ('fig3a_batch', 'fig3b_alpha', 'fig4_assignments')})
+    assert pages_script.link(f'See {text}.', '03_cost.ipynb', found) == f'See [{text}](paper/{link}).'
+    assert pages_script.link(f'See {text}.', f'paper/{link}', found) == f'See {text}.'
 
 def test_preparing_twice_changes_nothing_and_new_pages_still_find_the_equations(pages_script, small):
     new = copy.deepcopy(small['paper/fig4_assignments.ipynb'])
