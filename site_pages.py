@@ -31,6 +31,14 @@ def offline(cell):
         if html and 'text/markdown' not in data: data['text/markdown'] = f'```{{=html}}\n{"".join(html).strip()}\n```\n'
     cell['outputs'] = [o for o in cell.get('outputs', []) if 'data' not in o or o['data']]
 
+def signatures(cell):
+    "No links in the comments of a signature: in code they would be shown as they are written"
+    for o in cell.get('outputs', []):
+        data = o.get('data', {})
+        if 'text/markdown' in data:
+            data['text/markdown'] = re.sub(r'^```python$.*?^```$', lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0]),
+                                           ''.join(data['text/markdown']), flags=re.M | re.S)
+
 def lighter(cell):
     "Pictures with few colours (drawings) as PNG with 256 of them, others (photos) as JPEG, where that is smaller"
     from PIL import Image, ImageChops, ImageStat
@@ -106,7 +114,7 @@ def prepare(pages):
         nb['metadata']['site'] = True
         for cell in nb['cells']:
             if cell['cell_type'] == 'markdown': prose(cell, page, found)
-            if cell['cell_type'] == 'code': offline(cell); lighter(cell); fold(cell, page)
+            if cell['cell_type'] == 'code': offline(cell); signatures(cell); lighter(cell); fold(cell, page)
             cell['source'] = text(cell).splitlines(True)    # Quarto would lose the line breaks of one string
 
 if __name__ == '__main__':

@@ -193,6 +193,12 @@ def test_prepared_pages_are_light_and_folded(pages_script, small):
     jpeg = Image.open(io.BytesIO(base64.b64decode(long['outputs'][0]['data']['image/jpeg'])))
     assert jpeg.size == (500, 500)
 
+def test_signatures_hold_no_links(pages_script):
+    shown = '[`f`](x.html)\n\n```python\ndef g(\n    a, # See [`f`](x.html#f), one of `A`\n)\n```\n\nas [`f`](x.html)'
+    c = cell('code', 'x', {'text/markdown': shown.splitlines(True)})
+    pages_script.signatures(c)
+    assert c['outputs'][0]['data']['text/markdown'] == shown.replace('[`f`](x.html#f)', '`f`')
+
 def test_drawings_stay_sharp_and_photos_lose_what_nobody_sees(pages_script):
     drawing = Image.new('RGB', (1500, 300), 'white')
     ImageDraw.Draw(drawing).line((0, 0, 1500, 300), fill='#0072b2', width=9)
