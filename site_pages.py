@@ -32,12 +32,14 @@ def offline(cell):
     cell['outputs'] = [o for o in cell.get('outputs', []) if 'data' not in o or o['data']]
 
 def signatures(cell):
-    "No links in the comments of a signature: in code they would be shown as they are written"
+    "Of a signature what can be read: no links in its comments (code shows them as written), no `*args, **kwargs` of a class"
+    def plain(m):
+        code = re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0])
+        return re.sub(r'^def ([A-Z]\w*)\(\n    \*args, \*\*kwargs\n\):$', r'class \1', code, flags=re.M)
     for o in cell.get('outputs', []):
         data = o.get('data', {})
         if 'text/markdown' in data:
-            data['text/markdown'] = re.sub(r'^```python$.*?^```$', lambda m: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0]),
-                                           ''.join(data['text/markdown']), flags=re.M | re.S)
+            data['text/markdown'] = re.sub(r'^```python$.*?^```$', plain, ''.join(data['text/markdown']), flags=re.M | re.S)
 
 def lighter(cell):
     "Pictures with few colours (drawings) as PNG with 256 of them, others (photos) as JPEG, where that is smaller"

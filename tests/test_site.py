@@ -193,11 +193,14 @@ def test_prepared_pages_are_light_and_folded(pages_script, small):
     jpeg = Image.open(io.BytesIO(base64.b64decode(long['outputs'][0]['data']['image/jpeg'])))
     assert jpeg.size == (500, 500)
 
-def test_signatures_hold_no_links(pages_script):
+def test_signatures_are_plain(pages_script):
     shown = '[`f`](x.html)\n\n```python\ndef g(\n    a, # See [`f`](x.html#f), one of `A`\n)\n```\n\nas [`f`](x.html)'
     c = cell('code', 'x', {'text/markdown': shown.splitlines(True)})
     pages_script.signatures(c)
     assert c['outputs'][0]['data']['text/markdown'] == shown.replace('[`f`](x.html#f)', '`f`')
+    c = cell('code', 'x', {'text/markdown': '```python\ndef Plan(\n    *args, **kwargs\n):\n```\n\n*A plan*'})
+    pages_script.signatures(c)
+    assert c['outputs'][0]['data']['text/markdown'] == '```python\nclass Plan\n```\n\n*A plan*'
 
 def test_drawings_stay_sharp_and_photos_lose_what_nobody_sees(pages_script):
     drawing = Image.new('RGB', (1500, 300), 'white')
