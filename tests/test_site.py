@@ -213,9 +213,23 @@ def test_drawings_stay_sharp_and_photos_lose_what_nobody_sees(pages_script):
         after = Image.open(io.BytesIO(base64.b64decode(data)))
         assert (found, after.size) == (kind, size) and len(data) < before
         if picture is drawing: assert after.convert('RGB').tobytes() == drawing.tobytes()
-        once = json.dumps(c)
-        pages_script.lighter(c)
-        assert json.dumps(c) == once
+
+@pytest.mark.parametrize('size,scrolls', [((1500, 300), True), ((1500, 900), False), ((600, 100), False)])
+def test_broad_pictures_are_marked(pages_script, size, scrolls):
+    c = cell('code', '#| fig-alt: x\nplot()', {'image/png': png(Image.new('RGB', size))})
+    pages_script.broad(c)
+    pages_script.broad(c)
+    assert source(c) == '#| classes: broad\n'*scrolls + '#| fig-alt: x\nplot()'
+
+def test_only_the_icons_in_use_are_kept(pages_script, tmp_path):
+    css = tmp_path/'site_libs'/'bootstrap'/'bootstrap-icons.css'
+    css.parent.mkdir(parents=True)
+    rules = ['.bi::before {\n  line-height: 1;\n}\n'] + [f'.bi-{n}::before {{ content: "x"; }}\n' for n in ('list', 'list-ol', 'moon')]
+    css.write_text(''.join(rules))
+    (tmp_path/'a.html').write_text('<i class="bi bi-list"></i>')
+    (tmp_path/'site_libs'/'a.js').write_text('x = "bi-moon"')
+    pages_script.icons(tmp_path)
+    assert css.read_text() == rules[0] + rules[1] + rules[3]
 
 @pytest.mark.parametrize('text,link', [('Figure 3a', 'fig3a_batch.ipynb'), ('Figure 3b', 'fig3b_alpha.ipynb'), ('Figure 3', 'fig3a_batch.ipynb'),
                                        ('Figure 4b', 'fig4_assignments.ipynb')])
