@@ -74,7 +74,7 @@ def broad(cell):
         for kind in ('image/png', 'image/jpeg'):
             if kind in o.get('data', {}):
                 w, h = Image.open(io.BytesIO(base64.b64decode(''.join(o['data'][kind])))).size
-                if w > 1.8*h and w > 700 and 'classes:' not in text(cell):
+                if w > 1.9*h and w > 700 and 'classes:' not in text(cell):
                     cell['source'] = '#| classes: broad\n' + text(cell)
 
 def fold(cell, page):
