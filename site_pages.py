@@ -43,6 +43,13 @@ def signatures(cell):
             shown = ''.join(data['text/markdown'])
             data['text/markdown'] = re.sub(r'^```python$.*?^```$', plain, shown, flags=re.M | re.S)
 
+def unbroken(cell):
+    "No new line within 1.2 ± 0.3, nor between a number and its per cent or slash"
+    for o in cell.get('outputs', []):
+        data = o.get('data', {})
+        if 'text/markdown' in data:
+            data['text/markdown'] = re.sub(r'(?<=[\d.]) (?=[±%/])|(?<=±) (?=\d)', '\N{NO-BREAK SPACE}', ''.join(data['text/markdown']))
+
 def lighter(cell):
     "Pictures with few colours (drawings) as PNG with 256 of them, others (photos) as JPEG, where that is smaller"
     from PIL import Image, ImageChops, ImageStat
@@ -132,7 +139,7 @@ def prepare(pages):
         for cell in nb['cells']:
             if cell['cell_type'] == 'markdown': prose(cell, page, found)
             if cell['cell_type'] == 'code':
-                for change in (offline, signatures, lighter, broad): change(cell)
+                for change in (offline, signatures, unbroken, lighter, broad): change(cell)
                 fold(cell, page)
             cell['source'] = text(cell).splitlines(True)    # Quarto would lose the line breaks of one string
 

@@ -202,6 +202,11 @@ def test_signatures_are_plain(pages_script):
     pages_script.signatures(c)
     assert c['outputs'][0]['data']['text/markdown'] == '```python\nclass Plan\n```\n\n*A plan*'
 
+def test_numbers_stay_on_one_line(pages_script):
+    c = cell('code', 'x', {'text/markdown': '| 1.2 ± 0.3 / 4. ± 5 | 6 % of a | and / or |'})
+    pages_script.unbroken(c)
+    assert c['outputs'][0]['data']['text/markdown'].replace('\N{NO-BREAK SPACE}', '~') == '| 1.2~±~0.3~/ 4.~±~5 | 6~% of a | and / or |'
+
 def test_drawings_stay_sharp_and_photos_lose_what_nobody_sees(pages_script):
     drawing = Image.new('RGB', (1500, 300), 'white')
     ImageDraw.Draw(drawing).line((0, 0, 1500, 300), fill='#0072b2', width=9)
