@@ -1,9 +1,9 @@
 """What the site changes in its copies of the notebooks (_proc/), before Quarto reads them; the notebooks stay as they are.
 
-Quarto runs it (`pre-render` and `post-render` in _quarto.yml). It makes pages that need no network, weigh little and link
-to each other: tables and widgets without scripts from elsewhere, pictures as light as they can be, long code folded, a
-link to Colab instead of a badge, an anchor at each numbered equation and a link at each mention of one, of a figure, table
-or algorithm."""
+Quarto runs it (`pre-render` and `post-render` in _quarto.yml). It makes pages that need no network, weigh little and
+link to each other: tables and widgets without scripts from elsewhere, pictures as light as they can be, long code
+folded, a link to Colab instead of a badge, an anchor at each numbered equation and a link at each mention of one, of a
+figure, table or algorithm."""
 import base64
 import io
 import json
@@ -48,7 +48,8 @@ def unbroken(cell):
     for o in cell.get('outputs', []):
         data = o.get('data', {})
         if 'text/markdown' in data:
-            data['text/markdown'] = re.sub(r'(?<=[\d.]) (?=[±%/])|(?<=±) (?=\d)', '\N{NO-BREAK SPACE}', ''.join(data['text/markdown']))
+            shown = ''.join(data['text/markdown'])
+            data['text/markdown'] = re.sub(r'(?<=[\d.]) (?=[±%/])|(?<=±) (?=\d)', '\N{NO-BREAK SPACE}', shown)
 
 def lighter(cell):
     "Pictures with few colours (drawings) as PNG with 256 of them, others (photos) as JPEG, where that is smaller"
