@@ -35,7 +35,7 @@ def offline(cell):
 def signatures(cell):
     "Of a signature what can be read: no links in its comments (code shows them as written), no `*args` of a class"
     def plain(m):
-        code = re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0])
+        code = re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0]).replace('__main__.', '')
         return re.sub(r'^def ([A-Z]\w*)\(\n    \*args, \*\*kwargs\n\):$', r'class \1', code, flags=re.M)
     for o in cell.get('outputs', []):
         data = o.get('data', {})

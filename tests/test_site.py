@@ -194,10 +194,10 @@ def test_prepared_pages_are_light_and_folded(pages_script, small):
     assert jpeg.size == (500, 500)
 
 def test_signatures_are_plain(pages_script):
-    shown = '[`f`](x.html)\n\n```python\ndef g(\n    a, # See [`f`](x.html#f), one of `A`\n)\n```\n\nas [`f`](x.html)'
+    shown = '[`f`](x.html)\n\n```python\ndef g(\n    a:__main__.A, # See [`f`](x.html#f), one of `A`\n)\n```\n\nas [`f`](x.html)'
     c = cell('code', 'x', {'text/markdown': shown.splitlines(True)})
     pages_script.signatures(c)
-    assert c['outputs'][0]['data']['text/markdown'] == shown.replace('[`f`](x.html#f)', '`f`')
+    assert c['outputs'][0]['data']['text/markdown'] == shown.replace('[`f`](x.html#f)', '`f`').replace('__main__.', '')
     c = cell('code', 'x', {'text/markdown': '```python\ndef Plan(\n    *args, **kwargs\n):\n```\n\n*A plan*'})
     pages_script.signatures(c)
     assert c['outputs'][0]['data']['text/markdown'] == '```python\nclass Plan\n```\n\n*A plan*'
