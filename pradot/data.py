@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'PUBLISHED', 'InputError', 'replacing', 'check_writable', 'replacing_files', 'sha256', 'limit_pixels',
            'read_image', 'read_mask', 'Record', 'Defect', 'Category', 'images', 'mvtec_ad', 'read_defects',
-           'mask_value', 'defect_of', 'mvtec_loco', 'folder', 'split', 'Published', 'miscounts', 'check']
+           'mask_value', 'defect_of', 'mvtec_loco', 'split', 'folder', 'Published', 'miscounts', 'check']
 
 # %% ../nbs/00_data.ipynb #4429c6e6
 import errno, hashlib, json, os, re, secrets, shutil, tempfile
@@ -374,6 +374,22 @@ def mvtec_loco(
                     tuple(map(Record, images(validation))) if validation.is_dir() else (),
                     _test_records(here, masks), read_defects(here/'defects_config.json'))
 
+# %% ../nbs/00_data.ipynb #525523a3
+def split(
+    records:tuple[Record,...], # Images to divide
+    share:float=0.2,           # The part to hold back, in (0, 1)
+    seed:int=0                 # The draw
+)->tuple[tuple,tuple]:         # (the rest, those held back), each in the order given
+    "Hold back a random `share` of the records, at least one; raises `InputError` when nothing would be left"
+    n = len(records)
+    if not 0 < share < 1: raise InputError(f'the share to hold back must lie between 0 and 1, not {share}')
+    held = max(1, round(share*n))
+    if held >= n: raise InputError(f'holding back {held} of {n} images leaves none to learn from; '
+                                   'add images or lower the share')
+    chosen = set(np.random.default_rng(seed).permutation(n)[:held].tolist())
+    rest, held = [r for i, r in enumerate(records) if i not in chosen], [records[i] for i in sorted(chosen)]
+    return tuple(rest), tuple(held)
+
 # %% ../nbs/00_data.ipynb #d57e351d
 def _layout(here):
     "The folders of normal images, of validation images (or None), and of each kind of test image"
@@ -403,22 +419,6 @@ def folder(
         normal, held = split(normal)
         test = held + test
     return Category(title, normal, tuple(map(Record, images(validation))) if validation else (), test)
-
-# %% ../nbs/00_data.ipynb #525523a3
-def split(
-    records:tuple[Record,...], # Images to divide
-    share:float=0.2,           # The part to hold back, in (0, 1)
-    seed:int=0                 # The draw
-)->tuple[tuple,tuple]:         # (the rest, those held back), each in the order given
-    "Hold back a random `share` of the records, at least one; raises `InputError` when nothing would be left"
-    n = len(records)
-    if not 0 < share < 1: raise InputError(f'the share to hold back must lie between 0 and 1, not {share}')
-    held = max(1, round(share*n))
-    if held >= n: raise InputError(f'holding back {held} of {n} images leaves none to learn from; '
-                                   'add images or lower the share')
-    chosen = set(np.random.default_rng(seed).permutation(n)[:held].tolist())
-    rest, held = [r for i, r in enumerate(records) if i not in chosen], [records[i] for i in sorted(chosen)]
-    return tuple(rest), tuple(held)
 
 # %% ../nbs/00_data.ipynb #debf2a42
 @dataclass(frozen=True)
