@@ -487,7 +487,8 @@ def summed(
     "Mean over categories, then mean ± standard deviation (of a sample) over seeds"
     metrics = [c for c in table if c.startswith(('image', 'located'))]
     means = 100*table.groupby([*knobs, 'seed'], sort=False)[metrics].mean()
-    lines = means.groupby(knobs, sort=False).agg(lambda m: f'{m.mean():.1f}' + (f' ± {m.std():.1f}' if len(m) > 1 else ''))
+    def text(m): return f'{m.mean():.1f}'.replace('-0.0', '0.0') + (f' ± {m.std():.1f}' if len(m) > 1 else '') # no -0.0
+    lines = means.groupby(knobs, sort=False).agg(text)
     return lines.rename(columns=lambda c: c.replace('_', ', ')).reset_index()
 
 # %% ../nbs/09_figures.ipynb #b25af2db

@@ -88,7 +88,7 @@ def spread(
 )->str:
     "Mean ± standard deviation (of a sample), to one decimal"
     v = np.asarray(list(values), float)
-    return f'{v.mean():.1f}' + (f' ± {v.std(ddof=1):.1f}' if len(v) > 1 else '')
+    return f'{v.mean():.1f}'.replace('-0.0', '0.0') + (f' ± {v.std(ddof=1):.1f}' if len(v) > 1 else '')
 
 def _ours(number, rows):
     "What was run, in dicts with the keys of the paper's tables"
