@@ -223,8 +223,11 @@ def nearest(
     looks = looks.repeat_interleave(HW)                                     # ... an embedding
     cell = torch.arange(HW, device=z.device).repeat(B)
     found, which = torch.empty_like(looks), torch.empty_like(cell)
-    for s in blocks(B*HW, len(q)*z.element_size(), SEARCH):
-        with products(kind): C = torch.mm(u[s]*looks[s, None], q.T)         # (rows, n*H*W)
+    parts = list(blocks(B*HW, len(q)*z.element_size(), SEARCH))
+    room = z.new_empty(parts[0].stop if parts else 0, len(q))               # one for all blocks: fresh memory takes time
+    for s in parts:
+        C = room[:s.stop - s.start]                                         # (rows, n*H*W)
+        with products(kind): torch.mm(u[s]*looks[s, None], q.T, out=C)
         if alpha: C.view(len(C), n, HW).sub_(place[cell[s]][:, None])
         torch.max(C, 1, out=(found[s], which[s]))
         if kind != 'float32':
