@@ -181,5 +181,6 @@ def normalised_cost(
 )->Tensor:               # (B*H*W, n*H*W), values in [0, 1]
     "Eq. 3 between all embeddings of a batch and all prototypes"
     C = pair_costs(z, p, alpha, S, kind, z.new_empty(z[..., 0].numel(), p[..., 0].numel()))
-    for s in C.rows: C.read(s, z.new_zeros(C.shape[1]), C.room[s]).clamp_(min=0)
+    nothing = z.new_zeros(C.shape[1])
+    for s in C.rows: C.read(s, nothing, C.room[s]).clamp_(min=0)
     return C.room

@@ -211,7 +211,7 @@ class Category:
 def _natural(name):
     return [(0, int(s), '') if s.isdecimal() else (1, 0, s) for s in re.split(r'(\d+)', name) if s]
 
-def _images(folder, deep=False): # the same, and none is none
+def _images(folder, deep=False): # what `images` finds, of a folder that is there; it may be nothing
     found = (p for p in (folder.rglob('*') if deep else folder.iterdir())
              if p.suffix.lower() in SUFFIXES and not p.name.startswith('.') and p.is_file())
     return sorted(found, key=lambda p: [_natural(part) for part in p.relative_to(folder).parts])

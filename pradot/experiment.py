@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LOADERS', 'METRICS', 'NOTE', 'truth', 'released_truth', 'evaluate', 'read_map', 'score', 'Run', 'machine', 'versions',
            'reset_peak', 'peak_memory', 'measure', 'read_row', 'grid', 'results', 'table', 'summary', 'paper_table',
-           'variants', 'categories_in', 'compare', 'reproduce', 'made_by']
+           'variants', 'categories_in', 'tested', 'compare', 'reproduce', 'made_by']
 
 # %% ../nbs/08_experiment.ipynb #e9891577
 import hashlib, json, logging, os, platform, sys, time, traceback, warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
@@ -368,11 +368,14 @@ def _printed(number, dataset, metric, **where):
     for k, v in where.items(): t = t[t[k].isin(v)] if isinstance(v, set) else t[t[k] == v]
     return t['value'].mean() if len(t) else np.nan
 
-def _measured(dataset, rows):
-    "Test images that were measured, of those published, in the categories of some rows"
+def tested(
+    dataset:str,         # 'mvtec_ad' or 'mvtec_loco'
+    rows:Iterable[dict]  # Of some of its categories
+)->tuple[int,int]:
+    "Test images that were measured, and those published of the same categories"
     have, published = {r['category']: r['images']['test'] for r in rows}, PUBLISHED[dataset]
     whole = sum(n for c in have for p, n in zip(published.parts, published.counts[c]) if p.startswith('test'))
-    return f'{sum(have.values())}/{whole}'
+    return sum(have.values()), whole
 
 def compare(
     number:int,        # 1 to 4: a table of the paper
@@ -399,7 +402,7 @@ def compare(
                         if not ours: continue
                         lines.append(dict(
                             dataset=dataset, category=label, of=f'{len(group)}/{len(PUBLISHED[dataset].counts)}',
-                            images=_measured(dataset, some),
+                            images='/'.join(map(str, tested(dataset, some))),
                             stages=stages, alphas=alphas, metric=metric, protocol=protocol, paper=paper, paper_here=here,
                             ours=np.mean(ours), std=np.std(ours, ddof=1) if len(ours) > 1 else np.nan, seeds=len(ours),
                             difference=np.mean(ours) - (paper if np.isnan(here) else here)))

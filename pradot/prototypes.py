@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cost import (PRODUCTS, blocks, check_alpha, checked_structure, normalised_cost, pair_costs, products,
+from .cost import (blocks, check_alpha, checked_structure, normalised_cost, pair_costs, products,
                          unit)
 from .data import InputError
 from .transport import BUDGET, Stream, Transport, plan_blocks, sinkhorn, stream_

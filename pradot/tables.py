@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HERE', 'FULL', 'stored', 'differing', 'away', 'nearest', 'part_name', 'spread', 'beside', 'same', 'said',
-           'provenance', 'part', 'bank', 'standard_error', 'as_mvtec_ad']
+           'provenance', 'fitted', 'part', 'bank', 'standard_error', 'as_mvtec_ad']
 
 # %% ../nbs/08a_tables.ipynb #7bd39d3e
-import json, os
+import json, os, warnings
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from importlib.resources import files
@@ -18,7 +18,7 @@ import pandas as pd
 
 from .data import Category, InputError, PUBLISHED, defect_of
 from .detector import PAPER, Config, Pradot
-from .experiment import METRICS, compare, paper_table, read_row, results, variants
+from .experiment import METRICS, compare, paper_table, read_row, results, tested, variants
 from .features import Backbone, extract
 
 # %% ../nbs/08a_tables.ipynb #874da00b
@@ -157,11 +157,6 @@ def _setting(config, skip=()):
     differ = {k: v for k, v in differing(config).items() if k not in skip}
     return ', '.join(f'{k} = {"×".join(map(str, v)) if isinstance(v, list) else v}' for k, v in differ.items())
 
-def _test_images(row):
-    "Test images of the run, and of the published category"
-    parts, counts = PUBLISHED[row['dataset']].parts, PUBLISHED[row['dataset']].counts[row['category']]
-    return row['images']['test'], sum(k for p, k in zip(parts, counts) if p.startswith('test'))
-
 def said(
     number:int,         # 3 or 4
     rows:Iterable[dict] # From `stored`
@@ -177,7 +172,7 @@ def said(
             name = _SHORT[metric.removesuffix('_0.05')]
             parts.append(f'{name} {published["text"]} ({released["text"]} by the released protocol; paper {published["paper"]:.1f})')
             if min(round(x['ours'], 1) for x in (published, released)) < published['paper']: missed.append(name)
-        setting, (here, whole) = _setting(row['config'], _WORK), _test_images(row)
+        setting, (here, whole) = _setting(row['config'], _WORK), tested(row['dataset'], [row])
         why = [f'the run has {here} of the {whole} test images'] if here < whole else []
         why += [f'its setting is not the paper\'s ({setting})'] if setting else []
         end = f'Not reached: {", ".join(missed)}' if missed else 'Reached'
@@ -196,7 +191,7 @@ def provenance(
     def span(xs): return f'{min(xs):.0f}' if len(xs) == 1 else f'{min(xs):.0f} to {max(xs):.0f}'
     for dataset, category in dict.fromkeys((r['dataset'], r['category']) for r in rows):
         some = [r for r in rows if (r['dataset'], r['category']) == (dataset, category)]
-        here, whole = _test_images(some[0])
+        here, whole = tested(dataset, some)
         lines.append({'category': category, 'settings other than the paper\'s': _setting(some[0]['config']) or 'none',
                       'seeds': ', '.join(map(str, sorted({r['seed'] for r in some}))),
                       'training images': some[0]['images']['train'], 'test images': f'{here} of {whole}',
@@ -207,6 +202,16 @@ def provenance(
     return pd.DataFrame(lines).set_index('category').T if lines else pd.DataFrame()
 
 # %% ../nbs/08a_tables.ipynb #16bcbbaf
+def fitted(
+    case,      # From `pradot.figures.cases`
+    seed:int,  # Of initial prototypes and batches
+    **changes  # Settings that shall differ
+)->Pradot:
+    "A model of a case, without the note that few iterations leave the plan inexact"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        return Pradot(case.config, seed=seed, **changes).fit(case.category.train, validation=case.category.validation)
+
 def part(
     model:Pradot,            # Fitted or loaded
     stages:tuple[int,...],   # Of those of the model

@@ -72,7 +72,7 @@ def _kernel(M, mu, nu, eps, iterations, tol, g):
         warnings.simplefilter('always')
         log = ot.sinkhorn(nu, mu, S.T, eps, method='sinkhorn', numItermax=iterations, stopThr=tol/math.sqrt(len(mu)),
                           log=True, warn=False, warmstart=warm)[1]
-    if trouble: raise _too_small(M, eps)
+    if any('numerical errors' in str(w.message) for w in trouble): raise _too_small(M, eps)
     return eps*log['v'].log() + r, eps*log['u'].log() + c, log['niter'] + 1
 
 def _centred(x): return x - (x.max() + x.min())/2

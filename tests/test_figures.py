@@ -1,7 +1,5 @@
 "The pages of the paper's figures, and properties of what they draw with."
 import json
-import sys
-import types
 
 import matplotlib
 matplotlib.use('Agg')
@@ -12,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-import badges
 from pradot import figures, transport
 from pradot.cost import cost
 from pradot.data import InputError
@@ -22,19 +19,6 @@ def pages(root):
     found = {p.stem: json.loads(p.read_text(encoding='utf-8')) for p in sorted((root/'nbs'/'paper').glob('*.ipynb'))}
     assert found, 'no notebooks in nbs/paper'
     return found
-
-def test_badge_and_installation_come_from_settings(root, pages):
-    for name, nb in pages.items():
-        title, badge, install = (''.join(c['source']) for c in nb['cells'][:3])
-        assert title.startswith('# ') and '\n\n> ' in title, name
-        assert badge == badges.badge(root, name) and install == badges.install(root), f'{name}: run python tests/badges.py'
-
-def test_the_installing_cell_does_nothing_elsewhere(root):
-    code = badges.install(root).replace('%pip install -q ', 'raise SystemExit #')
-    exec(code, {})                                                       # there is no google.colab here
-    with pytest.MonkeyPatch.context() as m:
-        for k in ('google', 'google.colab'): m.setitem(sys.modules, k, types.ModuleType(k))
-        with pytest.raises(SystemExit): exec(code, {})
 
 def test_pictures_have_words_and_tables_are_markdown(pages):
     for name, nb in pages.items():

@@ -12,7 +12,9 @@ import torch
 from pradot.detector import Pradot
 from pradot.toy import tray
 
-START = [sys.executable, '-c', 'import sys; from pradot.cli import main; sys.exit(main())']
+# a shell's background jobs, and what they start, ignore SIGINT: the program is given Python's own handler back
+START = [sys.executable, '-c', 'import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); '
+                               'from pradot.cli import main; sys.exit(main())']
 
 @pytest.fixture(scope='module')
 def words():

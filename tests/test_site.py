@@ -9,6 +9,8 @@ import io
 import json
 import os
 import re
+import sys
+import types
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 from PIL import Image
+
+import badges
 
 HOST = 'https://pradot.github.io/pradot/'
 COLAB = 'https://colab.research.google.com/github/pradot/pradot/blob/main/nbs/'
@@ -69,15 +73,19 @@ def test_cell_options_are_yaml(notebooks):
             except yaml.YAMLError as e: wrong.append(f'{n}: {str(e).splitlines()[0]} in {lines[0][:60]!r}')
     assert wrong == []
 
-def test_every_notebook_opens_in_colab_and_installs_itself_there(notebooks):
-    wrong = []
+def test_badge_and_installation_come_from_settings(root, notebooks):
     for n, nb in notebooks.items():
-        code = [source(c) for c in nb['cells'] if c['cell_type'] == 'code']
-        if not code or 'revealjs' in source(nb['cells'][0]): continue   # a page of text; slides, made of other notebooks' figures
-        badge = f'](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}{n})'
-        if not any(badge in source(c) for c in nb['cells']): wrong.append(f'{n}: no badge that opens it')
-        if not re.search(r'%pip install .*git\+https://github\.com/pradot/pradot', code[0]): wrong.append(f'{n}: install cell is not first')
-    assert wrong == []
+        if not badges.runs(nb): continue
+        title, badge, install = map(source, nb['cells'][:3])
+        assert title.startswith('# ') and '\n\n> ' in title, n
+        assert badge == badges.badge(root, n) and install == badges.install(root), f'{n}: run python tests/badges.py'
+
+def test_the_installing_cell_does_nothing_elsewhere(root):
+    code = badges.install(root).replace('%pip install -q ', 'raise SystemExit #')
+    exec(code, {})                                                       # there is no google.colab here
+    with pytest.MonkeyPatch.context() as m:
+        for k in ('google', 'google.colab'): m.setitem(sys.modules, k, types.ModuleType(k))
+        with pytest.raises(SystemExit): exec(code, {})
 
 def test_links_in_notebooks_lead_somewhere(root, notebooks):
     by_address, broken = {address(n): n for n in notebooks}, []
