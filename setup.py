@@ -17,7 +17,8 @@ setup(
     packages=find_packages(include=['pradot', 'pradot.*']),
     package_data={'pradot': ['weights/*.safetensors', 'paper/*.csv', 'results/*.json', 'notebooks/*.ipynb']},
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'notebooks': cfg['notebooks_requirements'].split()},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'notebooks': cfg['notebooks_requirements'].split(),
+                    'export': cfg['export_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False)

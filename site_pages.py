@@ -1,8 +1,9 @@
 """What the site changes in its copies of the notebooks (_proc/), before Quarto reads them; the notebooks stay as they are.
 
-Quarto runs it (`pre-render` in _quarto.yml). It makes pages that need no network, weigh little and link to each other:
-tables and widgets without scripts from elsewhere, pictures as JPEG where PNG is heavy, long code folded, a link to Colab
-instead of a badge, an anchor at each numbered equation and a link at each mention of one, of a figure, table or algorithm."""
+Quarto runs it (`pre-render` and `post-render` in _quarto.yml). It makes pages that need no network, weigh little and
+link to each other: tables and widgets without scripts from elsewhere, pictures as light as they can be, long code
+folded, a link to Colab instead of a badge, an anchor at each numbered equation and a link at each mention of one, of a
+figure, table or algorithm."""
 import base64
 import io
 import json
@@ -11,11 +12,11 @@ import re
 import sys
 from pathlib import Path, PurePosixPath
 
-HEAVY, LONG = 150_000, 8                             # bytes of a PNG, lines of code
+FEW, WIDE, LONG = .1, 1100, 8                        # mean error of 256 colours, pixels a photo is wide, lines of code
 FOLDED = 'paper/', 'beyond/', 'benchmarks/'          # pages that are about results: long code is folded there
 
 ASIDE = r'```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\[[^\]]*\](?:\([^)]*\))?|^#.*?$|<[^>]+>'  # no links are made in these
-MENTION = re.compile(rf'({ASIDE})|\b(Eq\.|Equation|Figure|Table|Algorithm)\s(\d+)[a-z]?\b', re.M | re.S)
+MENTION = re.compile(rf'({ASIDE})|\b(Eq\.|Equation|Figure|Table|Algorithm)\s(\d+)([a-z]?)\b', re.M | re.S)
 TAG = re.compile(r'\$\$((?:(?!\$\$).)*?)\s*\\tag\{(\w+)\}\s*\$\$', re.S)
 ANCHOR = re.compile(r'\{#(equation)-(\w+) ')           # what `prose` makes of a tag
 BADGE = re.compile(r'\[!\[[^\]]*\]\([^)]*colab-badge\.svg\)\]\(([^)]+)\)')
@@ -31,18 +32,58 @@ def offline(cell):
         if html and 'text/markdown' not in data: data['text/markdown'] = f'```{{=html}}\n{"".join(html).strip()}\n```\n'
     cell['outputs'] = [o for o in cell.get('outputs', []) if 'data' not in o or o['data']]
 
-def lighter(cell, heavy=HEAVY):
-    "Heavy PNG as JPEG"
-    from PIL import Image
+def signatures(cell):
+    "Of a signature what can be read: no links in its comments (code shows them as written), no `*args` of a class"
+    def plain(m):
+        code = re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0]).replace('__main__.', '')
+        return re.sub(r'^def ([A-Z]\w*)\(\n    \*args, \*\*kwargs\n\):$', r'class \1', code, flags=re.M)
     for o in cell.get('outputs', []):
-        png = ''.join(o.get('data', {}).get('image/png', ''))
-        if len(png) < heavy: continue
-        image, file = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGBA'), io.BytesIO()
+        data = o.get('data', {})
+        if 'text/markdown' in data:
+            shown = ''.join(data['text/markdown'])
+            data['text/markdown'] = re.sub(r'^```python$.*?^```$', plain, shown, flags=re.M | re.S)
+
+def unbroken(cell):
+    "No new line within 1.2 ± 0.3, nor between a number and its per cent or slash"
+    for o in cell.get('outputs', []):
+        data = o.get('data', {})
+        if 'text/markdown' in data:
+            shown = ''.join(data['text/markdown'])
+            data['text/markdown'] = re.sub(r'(?<=[\d.]) (?=[±%/])|(?<=±) (?=\d)', '\N{NO-BREAK SPACE}', shown)
+
+def lighter(cell):
+    "Pictures with few colours (drawings) as PNG with 256 of them, others (photos) as JPEG, where that is smaller"
+    from PIL import Image, ImageChops, ImageStat
+    for o in cell.get('outputs', []):
+        data = o.get('data', {})
+        kind = next((k for k in ('image/png', 'image/jpeg') if k in data), None)
+        if not kind: continue
+        given = base64.b64decode(''.join(data[kind]))
+        image = Image.open(io.BytesIO(given)).convert('RGBA')
         flat = Image.new('RGBA', image.size, 'white')
         flat.alpha_composite(image)
-        flat.convert('RGB').save(file, 'JPEG', quality=90, subsampling=0, optimize=True)
-        del o['data']['image/png']
-        o['data']['image/jpeg'] = base64.b64encode(file.getvalue()).decode()
+        flat, file, becomes = flat.convert('RGB'), io.BytesIO(), 'image/jpeg'
+        if kind == 'image/png':
+            few = flat.quantize(256, dither=Image.Dither.NONE)
+            if sum(ImageStat.Stat(ImageChops.difference(flat, few.convert('RGB'))).mean)/3 < FEW:
+                few.save(file, 'PNG', optimize=True)
+                becomes = 'image/png'
+        if becomes == 'image/jpeg':                  # a stored JPEG has as few pixels as it is shown with
+            flat.thumbnail((WIDE, 10**6), Image.Resampling.LANCZOS)
+            flat.save(file, 'JPEG', quality=78 if kind == 'image/png' else 60, optimize=True, progressive=True)
+        if file.tell() < len(given):
+            del data[kind]
+            data[becomes] = base64.b64encode(file.getvalue()).decode()
+
+def broad(cell):
+    "A cell whose picture is much broader than high: on a phone it scrolls, rather than be too small to read"
+    from PIL import Image
+    for o in cell.get('outputs', []):
+        for kind in ('image/png', 'image/jpeg'):
+            if kind in o.get('data', {}):
+                w, h = Image.open(io.BytesIO(base64.b64decode(''.join(o['data'][kind])))).size
+                if w > 1.9*h and w > 700 and 'classes:' not in text(cell):
+                    cell['source'] = '#| classes: broad\n' + text(cell)
 
 def fold(cell, page):
     "Imports, and long code on a page about results, are shown on demand"
@@ -58,8 +99,11 @@ def targets(pages):
     "Where each numbered thing of the paper is: ('Equation', '4') → ('04_transport.ipynb', '#equation-4')"
     found = {}
     for page, nb in sorted(pages.items()):
-        m = re.match(r'paper/(algorithm|fig|table)(\d+)', page)
-        if m: found[{'fig': 'Figure'}.get(m[1], m[1].capitalize()), m[2]] = page, ''
+        m = re.match(r'paper/(algorithm|fig|table)(\d+)([a-z]?)', page)
+        if m:
+            what = {'fig': 'Figure'}.get(m[1], m[1].capitalize())
+            found[what, m[2] + m[3]] = page, ''
+            found.setdefault((what, m[2]), (page, ''))   # Figure 3 is where Figure 3a is
         if '/' in page: continue                     # an equation's home is in the library
         for cell in nb['cells']:
             if cell['cell_type'] == 'markdown':
@@ -72,7 +116,8 @@ def link(source, page, found):
     seen = set()
     def one(m):
         if m[1]: return m[1]
-        what = ('Equation' if m[2][:2] == 'Eq' else m[2]), m[3]
+        kind = 'Equation' if m[2][:2] == 'Eq' else m[2]
+        what = kind, m[3] + m[4] if (kind, m[3] + m[4]) in found else m[3]
         where, anchor = found.get(what, (page, ''))
         if what in seen or where == page and not anchor: return m[0]
         seen.add(what)
@@ -92,14 +137,27 @@ def prepare(pages):
     for page, nb in pages.items():
         if nb['metadata'].get('site'): continue
         nb['metadata']['site'] = True
+        nb['cells'] = [c for c in nb['cells'] if 'THIS FILE WAS AUTOGENERATED' not in text(c)]     # an empty slide otherwise
         for cell in nb['cells']:
             if cell['cell_type'] == 'markdown': prose(cell, page, found)
-            if cell['cell_type'] == 'code': offline(cell); lighter(cell); fold(cell, page)
+            if cell['cell_type'] == 'code':
+                for change in (offline, signatures, unbroken, lighter, broad): change(cell)
+                fold(cell, page)
             cell['source'] = text(cell).splitlines(True)    # Quarto would lose the line breaks of one string
+
+def icons(site):
+    "Of the icons' style sheet what some page or script names: a twentieth"
+    pages = (p.read_text('utf-8') for p in site.rglob('*') if p.suffix in ('.html', '.js'))
+    named = {name for page in pages for name in re.findall(r'\bbi-[a-z0-9-]+', page)}
+    for css in site.glob('site_libs/bootstrap/bootstrap-icons.css'):
+        rules = re.sub(r'^\.(bi-[\w-]+)::before *\{[^}]*\}\n', lambda m: m[0] if m[1] in named else '',
+                       css.read_text('utf-8'), flags=re.M)
+        css.write_text(rules, encoding='utf-8')
 
 if __name__ == '__main__':
     here = Path.cwd()
     if here.name != '_proc': sys.exit(f'{here} is not _proc: run nbdev_docs, or nbdev_proc_nbs and quarto in _proc')
+    if 'QUARTO_PROJECT_OUTPUT_FILES' in os.environ: sys.exit(icons(here/'_docs'))     # afterwards
     files = {p.relative_to(here).as_posix(): p for p in here.rglob('*.ipynb') if '_docs' not in p.parts}
     pages = {n: json.loads(p.read_text(encoding='utf-8')) for n, p in files.items()}
     before = {n: json.dumps(nb) for n, nb in pages.items()}

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from .cost import PRODUCTS, structural
 from .data import InputError, replacing, split
-from .features import Backbone, alone, batches, extract, fingerprints, memory_advice, pick_device
+from .decision import Calibration
+from .features import Backbone, alone, batches, extract, fingerprints, memory_advice, pick_device, unchanged
 from .prototypes import STARTS, learn, nearest, steps
 from .transport import SOLVERS
 from . import __version__
@@ -137,6 +138,16 @@ def _digest(meta, tensors):
     for k in sorted(tensors): h.update(k.encode()); h.update(tensors[k].contiguous().numpy().data)
     return h.hexdigest()
 
+def _check_shapes(model):
+    "Prototypes must be (n, H_l, W_l, D_l), as the backbone's features of `image_size` are; what a file says may be wrong"
+    side, (H, W) = model.backbone.stride, model.config.image_size
+    D = {l: z.shape[-1] for l, z in model.backbone(torch.zeros(1, 3, side, side, device=model.device)).items()}
+    for (l, a), p in model.prototypes.items():
+        grid = [math.ceil(s/2**(l + 1)) for s in (H, W)]
+        if p.dtype != torch.float32 or p.ndim != 4 or not len(p) or [*p.shape[1:]] != [*grid, D[l]]:
+            raise ValueError(f'prototypes of stage {l}, α = {a:g} are {tuple(p.shape)} {p.dtype} where features are '
+                             f'{(*grid, D[l])} torch.float32')
+
 FORMAT = 1 # Of the model file; raised when an older pradot could no longer read it
 
 _LEARNING = ('n', 'eps', 'iterations', 'tol', 'eta', 'epochs', 'batch_size', 'warm', 'seed', 'solver', 'start', 'nominal',
@@ -202,6 +213,7 @@ class Pradot:
                              f'there are {", ".join(f.name for f in fields(Config))}') from None
         self.device = pick_device(device)
         self.backbone, self.prototypes, self.history, self.reference, self.seconds = None, {}, {}, None, {}
+        self.calibration = None
 
     def __repr__(self): return f'Pradot({"fitted" if self.prototypes else "not fitted"}, {self.config})'
 
@@ -210,7 +222,8 @@ class Pradot:
         progress:bool=True,# Bars, in a terminal
         validation=(),     # Further normal images to choose the epoch by, where `held_out` asks for that
         cache:str|Path|None=None, # A folder to keep features and prototypes in, for other models
-        parts:str|Path|None=None  # A folder to keep prototypes in, also unfinished ones; None is `cache`
+        parts:str|Path|None=None, # A folder to keep prototypes in, also unfinished ones; None is `cache`
+        ram:float=4.       # GiB that features may take in memory, see `pradot.features.extract`; more are in a file in `parts`
     ):
         "Learn the prototypes of every stage and α (Algorithm 1); returns the model itself"
         c, images, held = self.config, list(images), []
@@ -227,11 +240,13 @@ class Pradot:
                           'so lower n or raise the batch size', stacklevel=2)
         begin = time.perf_counter()
         backbone = Backbone(c.backbone, c.weights, c.stages, c.seed).to(self.device)
-        Z = extract(backbone, images, c.image_size, progress=progress, cache=cache)
-        V = extract(backbone, held, c.image_size, progress=progress, cache=cache) if held else {}
-        seconds = dict(features=time.perf_counter() - begin, prototypes=0.)
-        parts = parts or cache
-        marks = {l: '' for l in c.stages} if parts is None else fingerprints(backbone, images + held, c.image_size)
+        how = dict(size=c.image_size, progress=progress, cache=cache, ram=ram, folder=parts)
+        with unchanged(images + held):
+            Z = extract(backbone, images, **how)
+            V = extract(backbone, held, **how) if held else {}
+            seconds = dict(features=time.perf_counter() - begin, prototypes=0.)
+            parts = parts or cache
+            marks = {l: '' for l in c.stages} if parts is None else fingerprints(backbone, images + held, c.image_size)
         keys = [(l, a) for l in c.stages for a in c.alphas]
         each = c.epochs*steps(len(images), B, c.drop_last)
         todo, work = len(keys)*each, {l: Z[l][0].numel()*Z[l][0, ..., 0].numel() for l in c.stages}
@@ -249,7 +264,7 @@ class Pradot:
             grids = {k: self._nearest(Z[k[0]][some].to(self.device), p, k[1])[0] for k, p in prototypes.items()}
             maps = merge({k: d.cpu() for k, d in grids.items()}, c.image_size, c.align_corners)
         self.backbone, self.prototypes, self.history, self.seconds = backbone, prototypes, history, seconds
-        self.reference = float(maps.median()), float(maps.max())
+        self.reference, self.calibration = (float(maps.median()), float(maps.max())), None
         loose = [h['error'] for hs in history.values() for h in hs if not h['converged']]
         done = sum(map(len, history.values()))
         if loose: warnings.warn(f'in {len(loose)} of {done} steps Sinkhorn stopped at {c.iterations} iterations with '
@@ -336,6 +351,20 @@ class Pradot:
         _, maps, scores = zip(*self.stream(images, size, batch_size, progress))
         return Prediction(np.stack(maps) if len({m.shape for m in maps}) == 1 else list(maps), np.array(scores))
 
+    def calibrate(self,
+        images,            # Normal images that were not learnt from, as `fit` takes them
+        progress:bool=True,# A bar, in a terminal
+        batch_size:int=16  # Images at a time
+    ):
+        "Keep the scores of held-out normal images, by which p-values and thresholds are given; returns the model itself"
+        self.calibration = Calibration([s for *_, s in self.stream(list(images), None, batch_size, progress)])
+        return self
+
+    @property
+    def scale(self)->tuple[float,float]:
+        "The ends of colour scales, for `pradot.figures.level`: of the calibration, or without one of the training images"
+        return self.calibration.reference if self.calibration else self.reference
+
     def _fitted(self):
         if not self.prototypes: raise InputError('the model has learnt nothing yet; call fit or load first')
 
@@ -346,6 +375,7 @@ class Pradot:
         self._fitted()
         tensors = {f'prototypes.{l}.{a!r}': p for (l, a), p in self.prototypes.items()}
         tensors |= {f'backbone.{k}': v for k, v in self.backbone.net.state_dict().items()}
+        if self.calibration: tensors['calibration.scores'] = torch.tensor(self.calibration.scores)    # (m,) float64
         tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
         meta = dict(pradot=__version__, format=str(FORMAT), config=json.dumps(asdict(self.config)),
                     reference=json.dumps(self.reference))
@@ -375,12 +405,20 @@ class Pradot:
                     raise SafetensorError('its contents are not what was saved')
         except FileNotFoundError: raise InputError(f'there is no model {path}; make one with `pradot fit`') from None
         except (SafetensorError, OSError) as e:
-            raise InputError(f'{path} is damaged or no model file ({e}); '
+            raise InputError(f'{path} is damaged or no model file ({str(e)[:300]}); '
                              'copy it again or make it anew with `pradot fit`') from None
-        model = cls(Config(**json.loads(meta['config'])), device)
-        c, model.reference = model.config, tuple(json.loads(meta['reference']))
-        weights = {k[9:]: v for k, v in tensors.items() if k.startswith('backbone.')}
-        model.backbone = Backbone(c.backbone, weights, c.stages).to(model.device)
-        keys = [(l, a) for l in c.stages for a in c.alphas]
-        model.prototypes = {(l, a): tensors[f'prototypes.{l}.{a!r}'].to(model.device) for l, a in keys}
+        try:
+            model = cls(Config(**json.loads(meta['config'])), device)
+            c, (low, high) = model.config, json.loads(meta['reference'])
+            model.reference = float(low), float(high)
+            weights = {k[9:]: v for k, v in tensors.items() if k.startswith('backbone.')}
+            model.backbone = Backbone(c.backbone, weights, c.stages).to(model.device)
+            if 'calibration.scores' in tensors: model.calibration = Calibration(tensors['calibration.scores'].numpy())
+            keys = [(l, a) for l in c.stages for a in c.alphas]
+            model.prototypes = {(l, a): tensors[f'prototypes.{l}.{a!r}'].to(model.device) for l, a in keys}
+            _check_shapes(model)
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as e:
+            why = f'it lacks {e}' if isinstance(e, KeyError) else e
+            raise InputError(f'{path} is no model that pradot {__version__} can use ({str(why)[:300]}); '
+                             'make it anew with `pradot fit`') from None
         return model

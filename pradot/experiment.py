@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LOADERS', 'METRICS', 'NOTE', 'truth', 'released_truth', 'evaluate', 'read_map', 'score', 'Run', 'machine', 'versions',
            'reset_peak', 'peak_memory', 'measure', 'read_row', 'grid', 'results', 'table', 'summary', 'paper_table',
-           'variants', 'categories_in', 'tested', 'compare', 'reproduce', 'made_by']
+           'variants', 'categories_in', 'categories_of', 'fit_all', 'tested', 'compare', 'reproduce', 'made_by']
 
 # %% ../nbs/08_experiment.ipynb #e9891577
-import hashlib, json, logging, os, platform, sys, time, traceback, warnings
+import hashlib, json, logging, math, os, platform, shutil, sys, time, traceback, warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from datetime import date
 from importlib.metadata import version
 from importlib.resources import files
@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from . import __version__
-from .data import (Category, InputError, PUBLISHED, Record, check_writable, defect_of, folder, mvtec_ad, mvtec_loco,
-                         replacing, sha256)
+from .data import (Category, InputError, PUBLISHED, Record, SUFFIXES, check_writable, defect_of, folder, limit_pixels,
+                         mvtec_ad, mvtec_loco, replacing, sha256)
 from .detector import PAPER, Config, Pradot
 from .features import alone
 from .metrics import Evaluation, channel, image_auroc, saturation
@@ -112,7 +112,12 @@ def read_map(
     path:str|Path # A TIFF of one channel
 )->np.ndarray:    # (H, W), of the file's own type
     "A stored anomaly map; raises `InputError` for a file that is missing, damaged, or no map"
-    try: a = tifffile.imread(path)
+    try:
+        with tifffile.TiffFile(path) as f:
+            if math.prod(f.series[0].shape) > (most := limit_pixels()):
+                raise InputError(f'{path} claims more than {most} pixels; write it again, or set PRADOT_MAX_PIXELS=N to allow N')
+            a = f.asarray()
+    except InputError: raise
     except FileNotFoundError: raise InputError(f'{path} does not exist; each test image needs its map there') from None
     except Exception as e: # whatever it is, the file is no map
         why = (str(e).splitlines() or [type(e).__name__])[0][:120]
@@ -195,7 +200,8 @@ def measure(
     device:str='auto',     # Where
     cache:str|Path|None=None, # A folder for features and prototypes that runs have in common
     progress:bool=True,    # Bars, in a terminal
-    threads:int|None=None  # Of torch; None leaves them as they are
+    threads:int|None=None, # Of torch; None leaves them as they are
+    save:str|Path|None=None # Where the model goes, if it shall be kept; a category may then be without test images
 )->dict:                   # One row, ready for JSON
     "Learn and evaluate: one run"
     if threads: torch.set_num_threads(threads)
@@ -207,7 +213,8 @@ def measure(
         if model.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(model.device)
         model.fit(category.train, progress, category.validation, cache)
         begin = time.perf_counter()
-        metrics = evaluate(model, category, progress=progress)
+        if save: model.save(save)
+        metrics = evaluate(model, category, progress=progress) if category.test or not save else {}
     seconds = {k: round(s, 2) for k, s in (model.seconds | dict(evaluate=time.perf_counter() - begin)).items()}
     config = asdict(run.config)
     if config['weights']: config['weights'] = Path(config['weights']).name
@@ -227,14 +234,18 @@ def _account(history):
                 median_error=float(np.median([h['error'] for h in steps])))
 
 # %% ../nbs/08_experiment.ipynb #220e7a7c
-def _do(run, out, device, patience, progress, threads):
+def _do(run, out, device, patience, progress, threads, models=False):
     "The row of a run, done now unless it was before; a dict with `error` if it failed; None if another is at it"
     path, failed = (out/d/f'{run.name}.json' for d in ('runs', 'failed'))
+    model = out/f'{run.category}.safetensors' if models else None
+    def done(): return path.exists() and (model is None or model.exists())
     try:
-        if not path.exists():
+        if not done():
             with alone(path, patience):
-                if not path.exists():
-                    row = measure(run, device, out/'cache', progress, threads)
+                if not done():
+                    cache = out/'cache'/run.name if models else out/'cache'
+                    row = measure(run, device, cache, progress, threads, *[model]*models)
+                    if models: shutil.rmtree(cache, ignore_errors=True)
                     with replacing(path) as tmp: tmp.write_text(json.dumps(row, indent=1) + '\n', encoding='utf-8')
             failed.unlink(missing_ok=True)
         return read_row(path)
@@ -246,15 +257,36 @@ def _do(run, out, device, patience, progress, threads):
         with replacing(failed) as tmp: tmp.write_text(json.dumps(row, indent=1) + '\n', encoding='utf-8')
         return row
 
+_ROW = dict(dataset=str, category=str, hash=str, seed=int, date=str, config=dict, metrics=dict, seconds=dict, images=dict,
+            machine=dict, versions=dict)
+_USED = 'stages', 'alphas', 'n', 'batch_size', 'epochs', 'weights' # settings that tables ask for
+
+def _check_row(row):
+    "Raise an error where a row is not as `measure` writes it"
+    for k, kind in _ROW.items():
+        if type(row[k]) is not kind: raise ValueError(f'{k} is no {kind.__name__}')
+    if unknown := sorted(row['config'].keys() - {f.name for f in fields(Config)}):
+        raise ValueError(f'there is no setting {unknown[0][:80]!r}')
+    Config(**row['config'])
+    for k in _USED: row['config'][k]
+    for k in ('cpu', 'gpu', 'cores'): row['machine'][k]
+    parts, released = (row['images'][k] for k in ('train', 'test')), row['metrics'].get('released', {})
+    if not all(type(n) is int and n >= 0 for n in parts): raise ValueError('images are no whole numbers')
+    heads = [m[k] for m in (row['metrics'], released) for k in ('image_auroc', 'pixel_auroc', 'au_pro', 'au_spro')
+             if m.get(k) is not None]
+    if not all(type(x) in (int, float) for x in (*heads, *row['seconds'].values())):
+        raise ValueError('metrics or seconds are no numbers')
+
 def read_row(
     path:str|Path # A file in OUT/runs
 )->dict:
     "One row; raises `InputError` for a file that is no result"
     try:
         row = json.loads(Path(path).read_text(encoding='utf-8'))
-        if not {'dataset', 'category', 'hash', 'seed', 'metrics'} <= row.keys(): raise ValueError('it lacks entries')
-    except (OSError, ValueError, AttributeError) as e:
-        raise InputError(f'{path} is not the result of a run ({e}); delete it and run the grid again') from None
+        _check_row(row)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        why = f'it lacks {e}' if isinstance(e, KeyError) else e
+        raise InputError(f'{path} is not the result of a run ({str(why)[:300]}); delete it and run the grid again') from None
     return row
 
 def grid(
@@ -263,7 +295,8 @@ def grid(
     jobs:int|None=None,   # Processes; None is 1, or what `joblib.parallel_config` says
     device:str='auto',    # Where each of them computes
     progress:bool=True,   # A bar, in a terminal
-    threads:int|None=None # Threads of each run, on which the last digits depend; None is what joblib gives it
+    threads:int|None=None,# Threads of each run, on which the last digits depend; None is what joblib gives it
+    models:bool=False     # Keep the models too, as OUT/CATEGORY.safetensors, and caches only while they are learnt
 )->list[dict]:            # A row for each run, in the order given; with `error` for one that failed
     "Do all runs that have no result in OUT yet, and return the rows of all"
     runs, out = list(dict.fromkeys(runs)), Path(out).absolute()
@@ -272,13 +305,14 @@ def grid(
     if len(set(names)) < len(names):
         raise InputError(f'two runs would both be {next(n for n in names if names.count(n) > 1)}; they differ in their root '
                          'alone, so give each data set a folder of results of its own')
-    rows = {r: read_row(p) for r in runs if (p := out/'runs'/f'{r.name}.json').exists()}
+    rows = {r: read_row(p) for r in runs if (p := out/'runs'/f'{r.name}.json').exists()
+            and (not models or (out/f'{r.category}.safetensors').exists())}
     for r in rows: (out/'failed'/f'{r.name}.json').unlink(missing_ok=True) # of a grid that was killed before it did so
     with tqdm(total=len(runs), initial=len(rows), desc='runs', unit='run', disable=None if progress else True) as bar:
         for patience in (0, -1):                                # first what nobody else is doing, then wait for the rest
             todo = [r for r in runs if r not in rows]
             inner = progress and jobs in (None, 1)
-            work = (joblib.delayed(_do)(r, out, device, patience, inner, threads) for r in todo)
+            work = (joblib.delayed(_do)(r, out, device, patience, inner, threads, models) for r in todo)
             for row, r in zip(joblib.Parallel(jobs, return_as='generator')(work), todo): # drawn to its end
                 if row is not None: rows[r] = row; bar.update()
     return [rows[r] for r in runs]
@@ -353,6 +387,42 @@ def categories_in(
     if not found: raise InputError(f'{root} holds no category of MVTec AD or MVTec LOCO AD; see pradot download --help')
     return [v for c, v in found.items() if not names or c in names]
 
+# %% ../nbs/08_experiment.ipynb #b16a11c4
+def categories_of(
+    dataset:str,      # One of `LOADERS`
+    root:str|Path,    # The folder that holds the categories
+    names=None        # Only these; None is every folder with train/good (or, of a plain data set, with images)
+)->list[str]:         # Names
+    "The categories in a folder; raises `InputError` where there is none, or for one asked for that is not there"
+    root = Path(root)
+    if not root.is_dir(): raise InputError(f'{root} is not a folder; give the folder that holds the categories')
+    def one(p):
+        if dataset != 'folder': return (p/'train'/'good').is_dir()
+        return p.is_dir() and ((p/'train').is_dir() or any(q.suffix.lower() in SUFFIXES for q in p.iterdir()))
+    found = sorted(p.name for p in root.iterdir() if not p.name.startswith('.') and one(p))
+    for c in names or ():
+        if c not in found: raise InputError(f'{root} has no category {c!r}; it has {", ".join(found) or "none"}')
+    if not found: raise InputError(f'{root} holds no category; one is a folder with train/good in it')
+    return [c for c in found if not names or c in names]
+
+def fit_all(
+    dataset:str,         # One of `LOADERS`
+    root:str|Path,       # The folder that holds the categories
+    out:str|Path,        # Gets CATEGORY.safetensors, runs/ and failed/
+    config:Config=PAPER, # Settings of all models
+    categories=None,     # Only these; None is all that are there
+    device:str='auto',   # Where to compute
+    progress:bool=True   # Bars, in a terminal
+)->list[dict]:           # Rows, as from `grid`; `metrics` is empty for a category without test images
+    "A model for every category, judged on its test images; what is done already is not done again"
+    runs = [Run(dataset, str(root), c, config) for c in categories_of(dataset, root, categories)]
+    mine = f'-{runs[0].hash}-seed{config.seed}.json'
+    for p in sorted(Path(out, 'runs').glob('[!.]*.json')):
+        if not p.name.endswith(mine) or not p.name.startswith(f'{dataset}-'):
+            raise InputError(f'{out} holds models of other settings or another data set ({p.name}); choose another --out')
+    return grid(runs, out, 1, device, progress, models=True)
+
+
 # %% ../nbs/08_experiment.ipynb #d3a25171
 def _seeds(rows, metric, protocol):
     "For each seed that all categories have, the mean of a metric over them; empty where there is none"
@@ -374,8 +444,10 @@ def tested(
 )->tuple[int,int]:
     "Test images that were measured, and those published of the same categories"
     have, published = {r['category']: r['images']['test'] for r in rows}, PUBLISHED[dataset]
-    whole = sum(n for c in have for p, n in zip(published.parts, published.counts[c]) if p.startswith('test'))
-    return sum(have.values()), whole
+    def whole(c):
+        if c not in published.counts: return have[c]      # your own, in the layout of the data set
+        return sum(n for p, n in zip(published.parts, published.counts[c]) if p.startswith('test'))
+    return sum(have.values()), sum(map(whole, have))
 
 def compare(
     number:int,        # 1 to 4: a table of the paper

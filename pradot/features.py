@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'SMALL', 'TIMM', 'MEAN', 'STD', 'SmallResNet', 'read_weights', 'Backbone', 'as_image', 'to_tensor',
-           'pick_device', 'memory_advice', 'batches', 'fingerprints', 'alone', 'extract']
+           'pick_device', 'memory_advice', 'batches', 'fingerprints', 'unchanged', 'alone', 'extract']
 
 # %% ../nbs/02_features.ipynb #36f4b9dd
-import hashlib, io, json, os, secrets, sys, warnings
+import errno, hashlib, io, json, math, os, secrets, shutil, sys, tempfile, warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -97,7 +97,7 @@ def read_weights(
         raise InputError(f'{path} holds no weights that can be read ({_first_line(e)}); '
                          'give a safetensors file or a plain state dict') from None
     if isinstance(state, dict): state = state.get('state_dict', state)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise InputError(f'{path} holds something else than a dictionary of tensors; save model.state_dict()')
     return state
 
@@ -248,18 +248,19 @@ def _called(x, i): return str(getattr(x, 'path', x) if isinstance(x, (Record, st
 
 # %% ../nbs/02_features.ipynb #210fc5e8
 def _fill(backbone, images, size, batch_size, progress, room):
-    "Write the features of all images to `room(stage, shape)`, one (N, H_l, W_l, D_l) array for each stage"
+    "Write the features of all images to the arrays, of (N, H_l, W_l, D_l), that `room({stage: shape})` gives for some stages"
     device, out, done = next(backbone.parameters()).device, {}, 0
     bar = tqdm(total=len(images), desc='features', unit='image', disable=None if progress else True, leave=False)
     with bar, memory_advice('--image-size'):
         for xs, _, x in batches(images, size, batch_size, backbone.stride):
-            for l, z in backbone(x.to(device)).items():
+            found = backbone(x.to(device))
+            if not out: out = room({l: (len(images), *z.shape[1:]) for l, z in found.items()})
+            for l, z in found.items():
                 bad = ~z.isfinite().flatten(1).all(1)
                 if bad.any():
                     raise InputError(f'stage {l} of {_called(xs[i := int(bad.nonzero()[0])], done + i)} has features that '
                                      'are not finite; check the weights file')
-                if l not in out: out[l] = room(l, (len(images), *z.shape[1:]))
-                out[l][done:done + len(z)] = z.cpu().numpy()
+                if l in out: out[l][done:done + len(z)] = z.cpu().numpy()
             done += len(xs); bar.update(len(xs))
     return out
 
@@ -291,6 +292,23 @@ def fingerprints(
     return keys
 
 @contextmanager
+def unchanged(
+    images # Records, paths, pictures or arrays
+):
+    "Raise an `InputError` that names an image file which another program changed or removed while the block ran"
+    def stamp(x):
+        if not isinstance(x, (Record, str, Path)): return None
+        try: s = os.stat(getattr(x, 'path', x))
+        except OSError: return None
+        return s.st_size, s.st_mtime_ns
+    before = [stamp(x) for x in images]
+    yield
+    for i, (x, s) in enumerate(zip(images, before)):
+        if stamp(x) != s:
+            raise InputError(f'{_called(x, i)} was changed or removed while the images were read; '
+                             'start again when nobody writes to that folder')
+
+@contextmanager
 def alone(
     path:Path,        # A file that several processes may want to make
     timeout:float=-1  # Seconds to wait for another process; below 0 is for ever. Raises `filelock.Timeout`
@@ -308,26 +326,32 @@ def extract(
     size:tuple[int,int], # (H, W) to resize to
     batch_size:int=16,   # Images at a time
     progress:bool=True,  # A bar, in a terminal
-    cache:str|Path|None=None # A folder where features are kept; None keeps them in memory alone
+    cache:str|Path|None=None, # A folder where features are kept; None is for this process alone
+    ram:float=4.,        # GiB that they may take in memory without one; more are in a file that is mapped, for its time
+    folder:str|Path|None=None # For that file; None is the system's for temporary files
 )->dict[int,torch.Tensor]: # Stage l: (N, H_l, W_l, D_l) float32 on the CPU
-    "Features of all images; raises `InputError` naming an image whose features are not finite"
+    """Features of all images; raises `InputError` naming an image whose features are not finite, or how much room
+    the disk lacks"""
     if cache is None:
-        out = _fill(backbone, images, size, batch_size, progress, lambda l, shape: np.empty(shape, np.float32))
+        folder = Path(folder or tempfile.gettempdir())
+        out = _fill(backbone, images, size, batch_size, progress, lambda shapes: _room(shapes, ram, folder))
         return {l: torch.from_numpy(a) for l, a in out.items()}
-    paths = {l: Path(cache)/f'features-{k}.npy' for l, k in fingerprints(backbone, images, size).items()}
     with ExitStack() as stack:
-        for l in sorted(paths): stack.enter_context(alone(paths[l]))
-        missing = {l: p for l, p in paths.items() if not _intact(p)}
-        tmp = {l: p.with_name(f'.{p.stem}-{secrets.token_hex(4)}.npy') for l, p in missing.items()}
-        for p in tmp.values(): stack.callback(p.unlink, missing_ok=True)
-        out = {}
-        if missing: out = _fill(backbone, images, size, batch_size, progress, lambda l, shape: _room(tmp.get(l), shape))
+        with unchanged(images):
+            paths = {l: Path(cache)/f'features-{k}.npy' for l, k in fingerprints(backbone, images, size).items()}
+            for l in sorted(paths): stack.enter_context(alone(paths[l]))
+            missing = {l: p for l, p in paths.items() if not _intact(p)}
+            tmp = {l: p.with_name(f'.{p.stem}-{secrets.token_hex(4)}.npy') for l, p in missing.items()}
+            for p in tmp.values(): stack.callback(p.unlink, missing_ok=True)
+            out, folder = {}, Path(cache)
+            if missing:
+                out = _fill(backbone, images, size, batch_size, progress, lambda shapes: _room(shapes, ram, folder, tmp))
         for l, p in missing.items():
             if not tmp[l].exists(): continue                    # no room on the disk
             out.pop(l).flush()
             _note(p).write_text(sha256(tmp[l]))
             os.replace(tmp[l], p)
-        return {l: torch.from_numpy(out[l] if l in out and l in missing else np.load(p, mmap_mode='c')) for l, p in paths.items()}
+        return {l: torch.from_numpy(out[l] if l in out else np.load(p, mmap_mode='c')) for l, p in paths.items()}
 
 def _note(path): return path.with_suffix('.sha256')
 
@@ -339,15 +363,30 @@ def _intact(path):
     path.unlink()
     return False
 
-def _room(path, shape):
-    "An array in a new file, or in memory if there is no path or no room on the disk"
-    if path is None: return np.empty(shape, np.float32)
+def _room(shapes, ram, folder, files=None):
+    "Arrays in `files`; or in memory, or in files without a name in `folder` if that would take more than `ram` GiB"
+    shapes = {l: s for l, s in shapes.items() if files is None or l in files}
+    need = 4*sum(map(math.prod, shapes.values()))
+    def memory(): return {l: np.empty(s, np.float32) for l, s in shapes.items()}
+    if files is None and need <= ram*2**30: return memory()
     try:
-        a = np.lib.format.open_memmap(path, 'w+', np.float32, shape)
-        if hasattr(os, 'posix_fallocate'): # a full disk is noticed now, not by a crash later
-            with open(path, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
-        return a
+        folder.mkdir(parents=True, exist_ok=True)
+        if need > shutil.disk_usage(folder).free: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return {l: _mapped(files and files[l], folder, s) for l, s in shapes.items()}
     except OSError as e:
-        path.unlink(missing_ok=True)
-        warnings.warn(f'features cannot be kept in {path.parent} ({e.strerror}); they stay in memory', stacklevel=3)
-        return np.empty(shape, np.float32)
+        for p in (files or {}).values(): p.unlink(missing_ok=True)
+        if need > ram*2**30:
+            N, GiB = next(iter(shapes.values()))[0], 2**30
+            free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+            raise InputError(f'the features of {N} images need {need/GiB:.3g} GiB in {folder}, where {free/GiB:.3g} GiB are free '
+                             f'({e.strerror}); make room there, choose another place with --cache, or raise --ram') from None
+        warnings.warn(f'features cannot be kept in {folder} ({e.strerror}); they stay in memory', stacklevel=3)
+        return memory()
+
+def _mapped(path, folder, shape):
+    "A new array in a file; one without a name is gone when nobody uses it any more"
+    with tempfile.TemporaryFile(dir=folder) if path is None else open(path, 'w+b') as f:
+        a = np.memmap(f, np.float32, 'w+', shape=shape) if path is None else np.lib.format.open_memmap(path, 'w+', np.float32, shape)
+        if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size) # a full disk is noticed now
+    return a
+

@@ -17,10 +17,13 @@ def badge(root, name):
     return ('[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]'
             f'(https://colab.research.google.com/github/{at}/blob/{branch}/nbs/{name})')
 
-def install(root):
+EXTRAS = {'15_export.ipynb': 'export', '15a_deploy.ipynb': 'export', 'howto.ipynb': 'export'} # what a page needs besides
+
+def install(root, name=''):
     "The first cell of code: installs the package on Colab and does nothing elsewhere"
-    return ('#| hide\ntry: import google.colab\nexcept ImportError: pass\n'
-            f'else:\n    %pip install -q git+https://github.com/{address(root)[0]}')
+    what = f'git+https://github.com/{address(root)[0]}'
+    if name in EXTRAS: what = f'"pradot[{EXTRAS[name]}] @ {what}"'
+    return f'#| hide\ntry: import google.colab\nexcept ImportError: pass\nelse:\n    %pip install -q {what}'
 
 def runs(nb):
     "Whether a notebook is one to run: it has code, and is not slides made of other notebooks' figures"
@@ -31,6 +34,7 @@ if __name__ == '__main__':
     for p in sorted((root/'nbs').rglob('*.ipynb')):
         nb = json.loads(p.read_text(encoding='utf-8'))
         if '.ipynb_checkpoints' in p.parts or not runs(nb): continue
-        for i, text in ((1, badge(root, p.relative_to(root/'nbs').as_posix())), (2, install(root))):
+        name = p.relative_to(root/'nbs').as_posix()
+        for i, text in ((1, badge(root, name)), (2, install(root, name))):
             nb['cells'][i]['source'] = text.splitlines(keepends=True)
         p.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')

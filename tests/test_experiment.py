@@ -1,7 +1,7 @@
 "Runs, grids, stored maps and tables: what survives being killed, what must be equal, what is refused"
 import ctypes, json, logging, multiprocessing, os, random, shutil, signal, sys, time
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 import joblib
 from joblib.externals.loky import get_reusable_executor
@@ -181,7 +181,8 @@ def test_a_grid_that_is_killed_again_and_again(runs, whole, processes, tmp_path)
 
 def pretend(run, *_):
     return dict(dataset=run.dataset, category=run.category, hash=run.hash, seed=run.config.seed,
-                metrics=dict(image_auroc=0.5))
+                metrics=dict(image_auroc=0.5), config=json.loads(json.dumps(asdict(run.config))), date='today', versions={},
+                seconds=dict(features=1.), images=dict(train=1, test=1), machine=dict(gpu=None, cpu='x', cores=1))
 
 def do_pretend(runs, out, log, n):
     experiment.measure = pretend
@@ -681,8 +682,7 @@ def test_an_interrupted_table_says_that_it_goes_on(run, sets, monkeypatch):
     assert code == 130 and out == '' and err == 'pradot reproduce: stopped; the same command goes on from here\n'
 
 def test_the_folder_of_a_table_may_be_anywhere(sets, tmp_path, monkeypatch):
-    more = dict(config=dict(stages=[2, 3], alphas=[0., 0.3]), versions={}, date='today', images=dict(test=310),
-                machine=dict(gpu=None, cpu='x', cores=1))
+    more = dict(images=dict(train=372, test=310))
     monkeypatch.setattr(experiment, 'measure', lambda run, *a: pretend(run) | more)
     t, failed = reproduce(1, sets, tmp_path/'not'/'there'/'yet', FEW, progress=False)
     assert failed == [] and (tmp_path/'not'/'there'/'yet'/'table1.md').exists() and t['ours'].tolist() == [50.]
