@@ -120,6 +120,8 @@ def _settings_words(p):
     add('weights', 'weights of the backbone; imagenet and timm are downloaded once; the default is the backbone\'s own',
         metavar='imagenet|timm|random|PATH')
     add('image-size', 'images are resized to this; 480x240 means height x width', type=pixels, metavar='PIXELS')
+    add('tile', 'larger images go through the backbone in tiles of this size, which takes less memory; 0 is whole', type=int,
+        metavar='PIXELS')
     add('stages', 'stages of the backbone', type=whole, metavar='L,L')
     g = p.add_argument_group('prototypes')
     add('alphas', 'weights of position against looks, 0 to 1', type=floats, metavar='A,A')
@@ -181,6 +183,8 @@ def parser()->argparse.ArgumentParser:
                 'was if it was stopped')
     p.add_argument('--out', metavar='MODEL.safetensors', required=True,
                    help='the model file to write; of several categories, a folder for the models and their metrics')
+    p.add_argument('--roi', metavar='MASK', help='a picture laid over each image, white where it shall be judged: only there '
+                   'prototypes are learnt, and maps are 0 elsewhere')
     p.add_argument('--cache', metavar='DIR', help='keep features and prototypes there, for other models')
     p.add_argument('--ram', type=float, default=4., metavar='GIB',
                    help='that features may take in memory; more are kept in a file beside the model, for its time (default: 4)')
@@ -300,7 +304,7 @@ def fit(args):
     if args.resume and not parts.is_dir(): raise InputError(f'there is nothing to resume in {parts}; leave --resume out')
     if parts.is_dir() and not args.resume: shutil.rmtree(parts)
     missing = [p for p in (parts, *parts.parents) if not p.exists()]
-    try: model = Pradot(config, args.device).fit(train, True, category.validation, args.cache, parts, args.ram)
+    try: model = Pradot(config, args.device).fit(train, True, category.validation, args.cache, parts, args.ram, args.roi)
     except BaseException:
         if missing and not [p for p in parts.glob('*') if p.suffix == '.safetensors' and p.name[0] != '.']:
             shutil.rmtree(missing[-1], ignore_errors=True)      # nothing was finished: leave nothing
@@ -347,8 +351,9 @@ def table(
 # %% ../nbs/10_cli.ipynb #b16a11d1
 def _fit_several(args, categories):
     "A model for each of several categories, in a folder"
-    if args.cache or args.ram != 4. or args.calibrate is not None:
-        raise InputError('--cache, --ram and --calibrate are for one category; leave them out, and calibrate each model afterwards')
+    if args.cache or args.ram != 4. or args.calibrate is not None or args.roi:
+        raise InputError('--cache, --ram, --roi and --calibrate are for one category; leave them out, and calibrate each model '
+                         'afterwards')
     rows = fit_all(args.dataset, args.data, args.out, _config(args), categories, args.device)
     done = {r['category']: r for r in rows if 'error' not in r}
     _tell_several({c: r['metrics'] for c, r in done.items()}, {r['category']: r['error'] for r in rows if 'error' in r},

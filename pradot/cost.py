@@ -35,11 +35,13 @@ def structural(
     W:int, # Columns
     squared:bool=True,  # As in Eq. 1; the released code takes the distance itself
     corners:bool=False, # See `grid`
+    cells:Tensor|None=None, # (K,) only these cells of the grid; None is all of them
     **like # dtype, device
-)->Tensor: # (H*W, H*W)
+)->Tensor: # (H*W, H*W) or (K, K)
     "Squared distance between all pairs of cells, the second part of Eq. 1"
     c = grid(H, W, corners, **like)
-    S = ((c[:, None] - c[None])**2).sum(-1)
+    y, x = (c if cells is None else c[cells]).T
+    S = (y[:, None] - y).square_().add_((x[:, None] - x).square_())
     return S if squared else S.sqrt_()
 
 # %% ../nbs/03_cost.ipynb #95dd83c7
@@ -101,7 +103,7 @@ def checked_structure(z, p, alpha, S):
                          'and (n, H, W, D) with the same H, W, D')
     check_alpha(alpha)
     H, W, like = *z.shape[1:3], dict(dtype=z.dtype, device=z.device)
-    if S is None: return structural(H, W, **like)
+    if S is None: return structural(H, W, **like) if alpha else z.new_zeros(()).expand(H*W, H*W) # takes no memory
     if S.shape != (H*W, H*W): raise InputError(f'the structural cost is {tuple(S.shape)} for a grid of {H} x {W} cells')
     return S.to(**like)
 

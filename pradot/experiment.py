@@ -160,6 +160,7 @@ class Run(NamedTuple):
         "12 hexadecimal digits for the configuration without its seed"
         c = asdict(self.config)
         del c['seed']
+        if not c['tile']: del c['tile']                          # so that runs from before there were tiles keep their names
         if c['weights'] and Path(c['weights']).is_file():
             try: c['weights'] = sha256(c['weights'])
             except OSError as e: raise InputError(f'{c["weights"]} cannot be read ({e.strerror}); make it readable') from None

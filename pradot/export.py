@@ -20,7 +20,9 @@ from . import __version__
 from .cost import structural, unit
 from .data import InputError, check_writable, replacing
 from .detector import Pradot, merge
-from .features import MEAN, STD
+from .features import MEAN, STD, grid_size
+from .prototypes import only
+from .region import touched
 
 # %% ../nbs/15_export.ipynb #23c36610
 BLOCK = 4 << 20 # Bytes of cosines an image that are looked through at a time
@@ -88,10 +90,14 @@ class Detector(nn.Module):
         self.net.to(memory_format=torch.contiguous_format)
         for k, v in dict(mean=MEAN, std=STD).items(): self.register_buffer(k, torch.tensor(v)[:, None, None].clone())
         self.keys = list(model.prototypes)
-        def search(p, a):
-            S = structural(*p.shape[1:3], c.squared, c.corners)
+        self.cells = {l: model.cells(l) for l in c.stages}         # of a region; None is all
+        def search(p, l, a):
+            S = structural(*grid_size(c.image_size, l), c.squared, c.corners, self.cells[l] and self.cells[l].inside)
             return Search(p.detach().cpu(), a, S, c.relative)
-        self.searches = nn.ModuleList(search(p, a) for (l, a), p in model.prototypes.items())
+        self.searches = nn.ModuleList(search(p, l, a) for (l, a), p in model.prototypes.items())
+        for l, found in self.cells.items():
+            if found: self.register_buffer(f'inside{l}', found.inside); self.register_buffer(f'nearest{l}', found.nearest)
+        if model.roi is not None: self.register_buffer('region', torch.from_numpy(touched(model.roi, self.size)).float())
         self.threshold = None if threshold is None else float(_at_most(threshold))
         self.eval()
 
@@ -103,10 +109,16 @@ class Detector(nn.Module):
         for l in range(1, max(self.config.stages) + 1):
             x = getattr(net, f'layer{l}')(x)
             Z[l] = x.permute(0, 2, 3, 1)                           # (B, H_l, W_l, D_l)
-        grids = {(l, a): search(Z[l]) for (l, a), search in zip(self.keys, self.searches)}
+        grids = {(l, a): self._grid(search, Z[l], l) for (l, a), search in zip(self.keys, self.searches)}
         maps = merge(grids, self.size, self.config.align_corners)
+        if hasattr(self, 'region'): maps = maps*self.region
         out = dict(maps=maps, scores=maps.amax((1, 2)))
         return out if self.threshold is None else out | dict(anomalous=out['scores'] > self.threshold)
+
+    def _grid(self, search, z, l): # (B, H_l, W_l, D_l) -> (B, H_l, W_l), as `Pradot.grids` does it
+        if self.cells[l] is None: return search(z)
+        d = search(only(z, getattr(self, f'inside{l}')))           # (B, 1, K)
+        return d.flatten(1)[:, getattr(self, f'nearest{l}')].unflatten(1, self.cells[l].grid)
 
 # %% ../nbs/15_export.ipynb #8c71692d
 OPSET = 18            # Of ONNX; onnxruntime reads such files since 1.18
@@ -225,7 +237,7 @@ def _plain(model):
     "The same model on the CPU, in float32"
     out = Pradot(replace(model.config, products='float32'), 'cpu')
     out.backbone = copy.deepcopy(model.backbone).cpu()
-    out.prototypes = {k: p.cpu() for k, p in model.prototypes.items()}
+    out.prototypes, out.roi = {k: p.cpu() for k, p in model.prototypes.items()}, model.roi
     return out
 
 # %% ../nbs/15_export.ipynb #740ffdbd

@@ -26,8 +26,9 @@ from .cost import blocks, check_alpha, grid, unit
 from .data import Category, InputError, PUBLISHED, Record
 from .detector import LIGHT, PAPER, Config, Pradot, merge
 from .experiment import LOADERS, categories_in, machine, truth, versions
-from .features import as_image, batches
+from .features import as_image, batches, grid_size
 from .metrics import Evaluation, HEADLINE
+from .prototypes import only
 from .toy import tray
 from . import transport
 from .transport import Transport, plan_blocks
@@ -281,20 +282,29 @@ def patches(
     for xs, _, x in batches(images, size, batch_size):
         Z = model.backbone(x.to(model.device))
         for l, a in keys:
-            n, H, W, _ = model.prototypes[l, a].shape
-            best, row = _most_alike(q[l, a], unit(Z[l]).flatten(0, 2))
+            cells, (H, W) = model.cells(l), grid_size(size, l)
+            best, row = _most_alike(q[l, a], unit(only(Z[l], cells and cells.inside)).flatten(0, 2))
+            if cells: row = row//len(cells.inside)*H*W + cells.inside.numpy()[row % len(cells.inside)]
             cut = np.stack([tiles(im, (H, W), size) for im in xs])                         # (B, H, W, h, w, 3)
             cut = cut.reshape(-1, *cut.shape[3:])                                                  # (B*H*W, h, w, 3)
             if (l, a) not in found:
-                found[l, a] = Patches(np.zeros((n*H*W, *cut.shape[1:]), np.uint8), np.zeros(n*H*W, int),
-                                      np.zeros(n*H*W, int), np.full(n*H*W, -np.inf, np.float32))
+                Np = len(q[l, a])
+                found[l, a] = Patches(np.zeros((Np, *cut.shape[1:]), np.uint8), np.zeros(Np, int),
+                                      np.zeros(Np, int), np.full(Np, -np.inf, np.float32))
             f = found[l, a]
             better = best > f.cosine
             row = row[better]
             f.pixels[better], f.image[better], f.cell[better] = cut[row], done + row//(H*W), row % (H*W)
             f.cosine[better] = best[better]
         done += len(xs)
-    return {k: Patches(*(v.reshape(model.prototypes[k].shape[:3] + v.shape[1:]) for v in f)) for k, f in found.items()}
+    return {(l, a): Patches(*(_on_grid(v, grid_size(size, l), model.cells(l)) for v in f)) for (l, a), f in found.items()}
+
+def _on_grid(v, grid, cells): # (n*H*W, ...), or (n*K, ...) of some cells -> (n, H, W, ...), 0 in cells that have no prototype
+    if cells is None: return v.reshape(-1, *grid, *v.shape[1:])
+    inside, v = cells.inside.numpy(), v.reshape(-1, len(cells.inside), *v.shape[1:])
+    out = np.zeros((len(v), len(cells.nearest), *v.shape[2:]), v.dtype)
+    out[:, inside] = v
+    return out.reshape(-1, *grid, *v.shape[2:])
 
 def _most_alike(q, u): # (N_p, D), (N, D) of length 1 -> the greatest cosine (N_p,), and the row of u that has it
     best, row = q.new_full((len(q),), -torch.inf), torch.zeros(len(q), dtype=torch.long, device=q.device)
@@ -346,9 +356,11 @@ def sample(
     "Embeddings of test images, chosen at random, in bounded memory"
     key = next((k for k in model.prototypes if k[0] == stage), None)
     if key is None: raise InputError(f'the model has no stage {stage}; it has {model.config.stages}')
-    H, W, rng = *model.prototypes[key].shape[1:3], np.random.default_rng(seed)
+    (H, W), cells, rng = grid_size(model.config.image_size, stage), model.cells(stage), np.random.default_rng(seed)
     bad = np.stack([abnormal(r, (H, W)) > share for r in records]).ravel()                         # (N*H*W,)
-    chosen = [rng.permutation(np.flatnonzero(bad == kind))[:most] for kind, most in ((False, normal), (True, wrong))]
+    judged = np.ones((len(records), H*W), bool)
+    if cells: judged[:] = np.isin(np.arange(H*W), cells.inside)
+    chosen = [rng.permutation(np.flatnonzero((bad == kind) & judged.ravel()))[:most] for kind, most in ((False, normal), (True, wrong))]
     chosen, z, done = np.sort(np.concatenate(chosen)), [], 0
     for xs, _, x in batches(records, model.config.image_size):
         here = chosen[(chosen >= done*H*W) & (chosen < (done + len(xs))*H*W)] - done*H*W

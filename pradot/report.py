@@ -17,6 +17,7 @@ from . import __version__
 from .data import InputError, Record
 from .decision import Region, regions, verdict
 from .detector import Pradot
+from .features import grid_size
 from .figures import Patches, assignments, overlay, patches, untile
 
 # %% ../nbs/09b_report.ipynb #4da03208
@@ -63,7 +64,7 @@ def entry(
     record = image if isinstance(image, Record) else Record(image)
     picture, name = record.image(), os.fsencode(record.path).decode(errors='replace')
     found = found or dict(score=float(amap.max()), p=None, anomalous=None, regions=regions(amap, model.reference[1]))
-    which = [packed(w[0], model.prototypes[k][..., 0].numel()) for k, (_, w) in assignments(model, [record]).items()]
+    which = [packed(w[0], len(model.prototypes[k])*w[0].size) for k, (_, w) in assignments(model, [record]).items()]
     return Entry(name=name, **found, size=amap.shape, image=jpeg(picture), overlay=jpeg(overlay(picture, amap, model.scale)),
                  which=which)
 
@@ -198,7 +199,7 @@ def page(
     found = {} if normal is None else patches(model, normal)
     kinds = []
     for (l, a), P in model.prototypes.items():
-        n, H, W, _ = P.shape
+        n, (H, W) = len(P), grid_size(model.config.image_size, l)
         kinds.append(dict(name=f'stage {l}, α = {a:g} ({"local" if a else "global"})', H=H, W=W, wide=n*H*W > 2**16))
         if found:
             picture, cols = atlas(found[l, a])

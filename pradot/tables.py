@@ -224,7 +224,7 @@ def part(
     for k in keys:
         if k not in model.prototypes:
             raise InputError(f'the model has no prototypes for (stage, α) = {k}; it has {", ".join(map(str, model.prototypes))}')
-    some.backbone, some.prototypes = model.backbone, {k: model.prototypes[k] for k in keys}
+    some.backbone, some.roi, some.prototypes = model.backbone, model.roi, {k: model.prototypes[k] for k in keys}
     return some
 
 # %% ../nbs/08a_tables.ipynb #1784cd89

@@ -331,7 +331,7 @@ def test_the_hash_is_of_every_setting_but_the_seed(tmp_path):
     other = dict(backbone='resnet18', weights='random', image_size=(96, 128), stages=(2,), alphas=(0., 0.2), n=3,
         eps=0.02, iterations=11, tol=1e-4, warm=True, eta=0.8, epochs=2, batch_size=3, solver='log', squared=False,
         corners=True, start='uniform', nominal=True, held_out=0.1, drop_last=True, relative=True, align_corners=True,
-        products='bf16', still=0.01, cut=1e-6, memory=2.)
+        products='bf16', still=0.01, cut=1e-6, memory=2., tile=512)
     assert other.keys() | {'seed'} == {f.name for f in fields(Config)}, 'a new setting belongs into this test'
     a = Run('mvtec_loco', 'here', 'tray', FEW)
     sown = a._replace(config=replace(FEW, seed=7))

@@ -84,7 +84,7 @@ def test_every_setting_is_one_that_export_knows():
     "Whoever adds a setting that changes maps must teach it to pradot.export, then add it here"
     training = {'weights', 'n', 'eps', 'iterations', 'tol', 'warm', 'eta', 'epochs', 'batch_size', 'seed', 'cut', 'memory', 'still',
                 'solver', 'start', 'nominal', 'held_out', 'drop_last'}
-    judging = {'backbone', 'image_size', 'stages', 'alphas', 'products', 'squared', 'corners', 'relative', 'align_corners'}
+    judging = {'backbone', 'image_size', 'tile', 'stages', 'alphas', 'products', 'squared', 'corners', 'relative', 'align_corners'}
     assert {f.name for f in dataclasses.fields(Config)} == training | judging
 
 def test_the_model_stays_as_it_is(model, tmp_path):
