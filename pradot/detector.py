@@ -250,7 +250,9 @@ class Pradot:
         self.backbone, self.prototypes, self.history, self.reference, self.seconds = None, {}, {}, None, {}
         self.calibration = self.roi = None
 
-    def __repr__(self): return f'Pradot({"fitted" if self.prototypes else "not fitted"}, {self.config})'
+    def __repr__(self): # only what differs from the paper
+        changed = [f'{k}={v!r}' for k, v in asdict(self.config).items() if v != getattr(PAPER, k)]
+        return f'Pradot({", ".join(changed)}){", fitted" if self.prototypes else ", not fitted"}'
 
     def fit(self,
         images,            # Normal images: records, paths, pictures or (H, W, 3) uint8 arrays
