@@ -8,7 +8,7 @@ __all__ = ['LOADERS', 'METRICS', 'NOTE', 'truth', 'released_truth', 'evaluate', 
            'variants', 'categories_in', 'categories_of', 'fit_all', 'tested', 'compare', 'reproduce', 'made_by']
 
 # %% ../nbs/08_experiment.ipynb #e9891577
-import hashlib, json, logging, math, os, platform, shutil, sys, time, traceback, warnings
+import ctypes, hashlib, json, logging, math, os, platform, shutil, sys, time, traceback, warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields, replace
 from datetime import date
@@ -184,9 +184,11 @@ def versions()->dict:
                 **{k: version(k) for k in ('torch', 'torchvision', 'pot', 'numpy', 'pillow')})
 
 def reset_peak():
-    "Forget the highest memory so far, where Linux lets us"
-    try: Path('/proc/self/clear_refs').write_text('5')
-    except OSError: pass
+    "Forget the highest memory so far, and give back what is free, where Linux lets us"
+    try:
+        ctypes.CDLL(None).malloc_trim(0)           # else memory that was used before is not seen when it is used again
+        Path('/proc/self/clear_refs').write_text('5')
+    except (OSError, AttributeError, TypeError): pass
 
 def peak_memory()->float|None:
     "The most memory this process held, GiB, since the start of the run (on Linux; elsewhere since its own, or None)"
