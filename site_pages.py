@@ -4,6 +4,7 @@ Quarto runs it (`pre-render` and `post-render` in _quarto.yml). It makes pages t
 link to each other: tables and widgets without scripts from elsewhere, pictures as light as they can be, long code
 folded, a link to Colab instead of a badge, an anchor at each numbered equation and a link at each mention of one, of a
 figure, table or algorithm."""
+import ast
 import base64
 import io
 import json
@@ -32,11 +33,21 @@ def offline(cell):
         if html and 'text/markdown' not in data: data['text/markdown'] = f'```{{=html}}\n{"".join(html).strip()}\n```\n'
     cell['outputs'] = [o for o in cell.get('outputs', []) if 'data' not in o or o['data']]
 
+def fields(name, shown):
+    "The lines of a class that name its fields, by the link to its source"
+    file = re.search(r'/(pradot/\w+\.py)#L\d+', shown)
+    if not file: return []
+    source = (Path(__file__).parent/file[1]).read_text(encoding='utf-8')
+    body = next((c.body for c in ast.parse(source).body if isinstance(c, ast.ClassDef) and c.name == name), [])
+    lines = source.splitlines()
+    return [l for f in body if isinstance(f, ast.AnnAssign) for l in lines[f.lineno - 1:f.end_lineno]]
+
 def signatures(cell):
-    "Of a signature what can be read: no links in its comments (code shows them as written), no `*args` of a class"
+    "Of a signature what can be read: no links in its comments (code shows them as written), of a class its fields, no `*args`"
     def plain(m):
         code = re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', m[0]).replace('__main__.', '')
-        return re.sub(r'^def ([A-Z]\w*)\(\n    \*args, \*\*kwargs\n\):$', r'class \1', code, flags=re.M)
+        code = re.sub(r'^def ([A-Z]\w*)\(\n    \*args, \*\*kwargs\n\):$', r'class \1', code, flags=re.M)
+        return re.sub(r'^class (\w+)$', lambda c: '\n'.join([c[0], *fields(c[1], shown)]), code, flags=re.M)
     for o in cell.get('outputs', []):
         data = o.get('data', {})
         if 'text/markdown' in data:
