@@ -15,7 +15,7 @@ setup(
     long_description_content_type='text/markdown',
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['pradot', 'pradot.*']),
-    package_data={'pradot': ['weights/*.safetensors', 'paper/*.csv', 'results/*.json', 'notebooks/*.ipynb']},
+    package_data={'pradot': ['weights/*.safetensors', 'paper/*.csv', 'results/*.json', 'results/*.csv', 'notebooks/*.ipynb']},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'notebooks': cfg['notebooks_requirements'].split(),
                     'export': cfg['export_requirements'].split()},

@@ -124,7 +124,8 @@ def dense(
         if room.dtype == like.dtype: make(s, room[s])
         else: room[s] = make(s, out[:s.stop - s.start])
     def parts(budget=None):
-        rows = C.rows if budget is None else blocks(len(room), C.shape[1]*like.element_size(), budget)
+        small = budget is None or room.dtype != like.dtype    # a large block in full precision would be a matrix of its own
+        rows = C.rows if small else blocks(len(room), C.shape[1]*like.element_size(), budget)
         for s in rows: yield s, (k := room[s].to(like.dtype)), k.T
     return parts
 
