@@ -5,7 +5,7 @@ import ot, pytest, safetensors, torch
 from PIL import Image
 from hypothesis import Phase, given, settings, strategies as st
 from safetensors.torch import save_file
-from pradot import transport
+from pradot import cost as cost_module, transport
 from pradot.cost import cost, grid, normalised_cost, structural, unit
 from pradot.data import InputError
 from pradot.detector import FORMAT, Config, Pradot, merge
@@ -487,3 +487,12 @@ def test_a_long_fit_says_so_after_its_first_step():
             warnings.simplefilter('error')
             e.stepped()                                            # once is enough
             short = _Estimate(config, [(2, 0.)], 50, {2: 1.}); short.start(2); short.begin -= 10.; short.stepped()
+
+def test_a_matrix_in_half_precision_is_never_widened_whole(monkeypatch):
+    monkeypatch.setattr(cost_module, 'CHUNK', 64)
+    gen = torch.Generator().manual_seed(0)
+    z, p = torch.randn(3, 4, 4, 5, generator=gen), torch.randn(2, 4, 4, 5, generator=gen)
+    C = cost_module.pair_costs(z, p, 0.3, room=torch.empty(48, 32, dtype=torch.half))
+    f0, g0, _ = transport.shifts(C)
+    parts = transport.dense(C, f0, g0, 0.1)
+    assert len(C.rows) > 1 and [s for s, _, _ in parts(10**9)] == C.rows
