@@ -159,7 +159,7 @@ def test_a_build_holds_weights_tables_results_and_notebooks(root, tracked, tmp_p
         f = f'paper/table{i}.csv'
         assert not (built/'pradot'/f).is_symlink() and (built/'pradot'/f).read_bytes() == (root/'data'/f).read_bytes()
     for here, there in (('data/results', 'results'), ('nbs/paper', 'notebooks')):
-        kept = {Path(f).name for f in tracked if f.startswith(f'{here}/') and f.endswith(('.json', '.ipynb'))}
+        kept = {Path(f).name for f in tracked if f.startswith(f'{here}/') and f.endswith(('.json', '.csv', '.ipynb'))}
         assert kept and {p.name for p in (built/'pradot'/there).iterdir()} == kept
         assert all((built/'pradot'/there/k).read_bytes() == (root/here/k).read_bytes() for k in kept)
     weights = 'pradot/weights/small.safetensors'
