@@ -151,24 +151,21 @@ def pair_costs(
 )->Costs:
     "The costs of Eq. 3 between all embeddings of a batch and all prototypes"
     S = checked_structure(z, p, alpha, S)
-    u, q = unit(z).flatten(0, 2), unit(p).flatten(0, 2)        # (B*H*W, D), (n*H*W, D)
-    N, Np, HW, kept = len(u), len(q), len(S), room is not None and room.dtype == z.dtype
-    if kept:
-        with products(kind): torch.mm(u, q.T, out=room)
-        rows, least = chunks(room), room.amin(1).min().item()
-        def some(s): return room[s]
-    else:
-        rows = list(blocks(N, Np*z.element_size(), 4*CHUNK if z.device.type == 'cpu' else 64*CHUNK))
-        def some(s):
-            with products(kind): return torch.mm(u[s], q.T)
-        least = min(some(s).min().item() for s in rows)
+    flat, q, each = z.flatten(0, 2), unit(p).flatten(0, 2), z.element_size() # (B*H*W, D), (n*H*W, D)
+    N, Np, HW, kept = len(flat), len(q), len(S), room is not None and room.dtype == z.dtype
+    rows = list(blocks(N, max(Np, flat.shape[1])*each, 4*CHUNK if z.device.type == 'cpu' else 64*CHUNK))
+    def product(s, out): # directions of some rows at a time: all of them would be as large as the features
+        with products(kind): return torch.mm(unit(flat[s]), q.T, out=out)
+    out = None if kept else z.new_empty(rows[0].stop, Np)
+    least = torch.stack([product(s, room[s] if kept else out[:s.stop - s.start]).amin(1).min() for s in rows]).min().item()
+    some, rows, product = (lambda s, out: room[s], chunks(room), None) if kept else (product, rows, product)
     most = 1 - least                                           # max M_feat
     if not abs(most) <= 3:
         raise InputError('features or prototypes hold values that are not finite; check the weights file and the images')
     scale = 0. if most <= 8*torch.finfo(z.dtype).eps else (1 - alpha)/most # all alike but for rounding: free of charge
     place = S*(alpha/far) if alpha and (far := S.max().item()) else None
     def read(s, plus, out):
-        torch.add(plus + scale, some(s), alpha=-scale, out=out)
+        torch.add(plus + scale, some(s, out), alpha=-scale, out=out)
         if place is not None:
             out.view(len(out), -1, HW).add_(place[torch.arange(s.start, s.stop, device=out.device) % HW][:, None])
         return out

@@ -43,9 +43,12 @@ def stream_barycentre(
     kind:str='float32'  # Precision of the product, see `pradot.cost.PRODUCTS`
 )->Tensor:              # (N_p, D)
     "Mean of the embeddings that each prototype receives, without their plan"
-    total = z.new_zeros(len(t.v), z.shape[1])
+    total, scale = z.new_empty(len(t.v), z.shape[1]), 0.
     with products(kind):
-        for s, _, kt in t.parts(4*BUDGET if z.device.type == 'cpu' else 64*BUDGET): total += torch.mm(kt, z[s]*t.u[s, None])
+        for s, k, kt in t.parts(BUDGET//4 if z.device.type == 'cpu' else 64*BUDGET):
+            if kt.layout is torch.strided: torch.addmm(total, kt, z[s]*t.u[s, None], beta=scale, out=total)
+            else: torch.mm(csr(kt.crow_indices(), j := kt.col_indices(), kt.values()*t.u[j], kt.shape), z, out=total) # one part
+            scale = 1.
     return total.mul_(t.v[:, None]*len(t.v))
 
 # %% ../nbs/05_prototypes.ipynb #a5693a21
@@ -90,7 +93,7 @@ def step(
         M = normalised_cost(z, p, alpha, S, kind)
         t = sinkhorn(M, eps, iterations, tol, g, solver)
         with products(kind): mean, loss = barycentre(M, t, z.flatten(0, 2), eps, nominal)
-    return torch.lerp(mean.view_as(p), p, eta), t, loss
+    return mean.view_as(p).lerp_(p, eta), t, loss
 
 # %% ../nbs/05_prototypes.ipynb #6f72e2d0
 def shuffles(

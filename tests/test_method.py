@@ -1,11 +1,12 @@
 "Properties of the method: costs, plans, prototypes, the detector and its files"
-import json, random, socket, struct, warnings
+import json, math, random, socket, struct, warnings
+from unittest.mock import patch
 import numpy as np
 import ot, pytest, safetensors, torch
 from PIL import Image
 from hypothesis import Phase, given, settings, strategies as st
 from safetensors.torch import save_file
-from pradot import cost as cost_module, transport
+from pradot import cost as cost_module, prototypes, transport
 from pradot.cost import cost, grid, normalised_cost, structural, unit
 from pradot.data import InputError
 from pradot.detector import FORMAT, Config, Pradot, merge
@@ -277,6 +278,29 @@ def test_nearest_is_brute_force(B, n, H, W, alpha, seed):
         assert int(j[b, i, k]) == int(all_.argmin())
     for b in range(B):                                                              # alone as in company
         torch.testing.assert_close(nearest(z[b:b + 1], p, alpha)[0], d[b:b + 1])
+
+@few
+@given(counts, counts, sides, sides, st.sampled_from([0., 0.3, 0.9, 1.]), st.sampled_from(['noise', 'near ties', 'copies', 'zeros', 'short']),
+       st.booleans(), st.integers(0, 99))
+def test_coarse_first_finds_what_multiplying_everything_finds(B, n, H, W, alpha, what, relative, seed):
+    gen = torch.Generator().manual_seed(seed)
+    z, p = (torch.randn(k, H, W, 64 if what == 'short' else 300, generator=gen) for k in (B, n))
+    if what == 'near ties': p = z[:1] + 10.**-torch.randint(1, 8, (n, H, W, 1), generator=gen)*p
+    if what == 'copies': p = p[:1, :1, :1].repeat(n, H, W, 1)
+    if what == 'zeros': z[0], p[0] = 0, 0
+    with patch.object(prototypes, 'coarse_pays', return_value=False): d, _ = nearest(z, p, alpha, None, relative)
+    for share in (prototypes.RIVALS, 1):                                            # 1: never too many rivals
+        with patch.object(prototypes, 'coarse_pays', return_value=True), patch.object(prototypes, 'RIVALS', share):
+            found, j = nearest(z, p, alpha, None, relative)
+        torch.testing.assert_close(found, d, atol=1e-6, rtol=0)
+        if not relative: torch.testing.assert_close(cost(z, p, alpha).gather(1, j.view(-1, 1)).view_as(d), d, atol=1e-6, rtol=0)
+
+def test_features_that_are_not_numbers_are_infinitely_far_either_way():
+    z, p = torch.randn(2, 3, 4, 256), torch.randn(2, 3, 4, 256)
+    z[1, 2, 3, 4] = math.nan
+    for yes in (False, True):
+        with patch.object(prototypes, 'coarse_pays', return_value=yes): d = nearest(z, p, 0.3)[0]
+        assert d.isnan().sum() == 1 and d[1, 2, 3].isnan()
 
 def test_merge_averages_alphas_then_stages():
     a, b, c = torch.rand(2, 4, 6), torch.rand(2, 4, 6), torch.rand(2, 2, 3)

@@ -19,7 +19,7 @@ START = [sys.executable, '-c', 'import signal, sys; signal.signal(signal.SIGINT,
 @pytest.fixture(scope='module')
 def words():
     root = tray().train[0].path.parents[3]
-    return ['fit', '--dataset', 'mvtec_loco', '--data', root, '--category', 'tray', '--backbone', 'small', '--n', 3, '--epochs', 40,
+    return ['fit', '--dataset', 'mvtec_loco', '--data', root, '--category', 'tray', '--backbone', 'small', '--n', 3, '--epochs', 15,
             '--batch-size', 16, '--iterations', 20, '--image-size', 160, '--solver', 'stream', '--warm', '--stages', 2, '--alphas', 0.3,
             '--device', 'cpu']
 
