@@ -158,7 +158,7 @@ def pair_costs(
         with products(kind): return torch.mm(unit(flat[s]), q.T, out=out)
     out = None if kept else z.new_empty(rows[0].stop, Np)
     least = torch.stack([product(s, room[s] if kept else out[:s.stop - s.start]).amin(1).min() for s in rows]).min().item()
-    some, rows, product = (lambda s, out: room[s], chunks(room), None) if kept else (product, rows, product)
+    some, rows = (lambda s, out: room[s], chunks(room)) if kept else (product, rows)
     most = 1 - least                                           # max M_feat
     if not abs(most) <= 3:
         raise InputError('features or prototypes hold values that are not finite; check the weights file and the images')

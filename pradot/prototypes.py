@@ -43,12 +43,11 @@ def stream_barycentre(
     kind:str='float32'  # Precision of the product, see `pradot.cost.PRODUCTS`
 )->Tensor:              # (N_p, D)
     "Mean of the embeddings that each prototype receives, without their plan"
-    total, scale = z.new_empty(len(t.v), z.shape[1]), 0.
+    total = z.new_zeros(len(t.v), z.shape[1])
     with products(kind):
-        for s, k, kt in t.parts(BUDGET//4 if z.device.type == 'cpu' else 64*BUDGET):
-            if kt.layout is torch.strided: torch.addmm(total, kt, z[s]*t.u[s, None], beta=scale, out=total)
+        for s, _, kt in t.parts(BUDGET//4 if z.device.type == 'cpu' else 64*BUDGET):
+            if kt.layout is torch.strided: total.addmm_(kt, z[s]*t.u[s, None])
             else: torch.mm(csr(kt.crow_indices(), j := kt.col_indices(), kt.values()*t.u[j], kt.shape), z, out=total) # one part
-            scale = 1.
     return total.mul_(t.v[:, None]*len(t.v))
 
 # %% ../nbs/05_prototypes.ipynb #a5693a21

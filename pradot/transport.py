@@ -15,7 +15,7 @@ import numpy as np
 import ot, scipy.sparse, torch
 from torch import Tensor
 
-from .cost import CHUNK, Costs, blocks, matrix_costs
+from .cost import Costs, blocks, matrix_costs
 from .data import InputError
 
 # %% ../nbs/04_transport.ipynb #0e42c00b
@@ -120,13 +120,12 @@ def dense(
         def parts(budget=None):
             for s in C.rows: yield s, (k := make(s, out[:s.stop - s.start])), k.T
         return parts
-    whole = room.dtype == like.dtype
-    for s in C.rows:
+    whole, rows = room.dtype == like.dtype, C.rows
+    for s in rows:
         if whole: make(s, room[s])
         else: room[s] = make(s, out[:s.stop - s.start])
-    each, usual = room.shape[1]*like.element_size(), CHUNK if like.device.type == 'cpu' else 64*CHUNK
     def parts(budget=None): # in half precision, blocks stay small: a large one would be a matrix of its own
-        for s in blocks(len(room), each, (budget or usual) if whole else min(budget or usual, len(out)*each)):
+        for s in blocks(len(room), room.shape[1]*like.element_size(), budget) if whole and budget else rows:
             yield s, (k := room[s] if whole else out[:s.stop - s.start].copy_(room[s])), k.T
     return parts
 
